@@ -1,0 +1,189 @@
+"""The plain data that crosses between rooms: sampling parameters, finish reasons, token deltas.
+
+Used by the HTTP side, the engine and the library alike. Knows nothing of text processing, of HTTP,
+of arrays or of devices; standard library only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from jaxserve.errors import InvalidRequestError
+
+GREEDY_BELOW_TEMPERATURE = 1e-6  # SGLang's threshold: anything cooler is argmax
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """What a user may ask of generation, under SGLang's names and defaults.
+
+    `top_k` -1 means all; `max_new_tokens` None means until the context is full, 0 means prefill only.
+    `seed` None draws a fresh one per request. Raises InvalidRequestError from `validate`.
+    """
+
+    max_new_tokens: int | None = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    n: int = 1
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+
+    def validate(self, vocab_size: int | None = None) -> None:
+        """Raise InvalidRequestError with a sentence naming the field, its value and its range."""
+        _require(self.temperature >= 0, "temperature", self.temperature, "a finite number >= 0")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _require(self.top_k == -1 or self.top_k >= 1, "top_k", self.top_k, "-1 (all) or at least 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "in [-2, 2]")
+        _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "in [-2, 2]")
+        _require(0 < self.repetition_penalty <= 2, "repetition_penalty", self.repetition_penalty, "in (0, 2]")
+        _require(self.n >= 1, "n", self.n, "at least 1")
+        _require(self.min_new_tokens >= 0, "min_new_tokens", self.min_new_tokens, "at least 0")
+        if self.max_new_tokens is not None:
+            _require(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "at least 0")
+            _require(
+                self.min_new_tokens <= self.max_new_tokens,
+                "min_new_tokens",
+                self.min_new_tokens,
+                f"at most max_new_tokens ({self.max_new_tokens})",
+            )
+        _require(len(self.stop) <= 32, "stop", f"{len(self.stop)} strings", "at most 32 strings")
+        if vocab_size is not None:
+            for token_id in (*self.logit_bias, *self.stop_token_ids):
+                name = "logit_bias" if token_id in self.logit_bias else "stop_token_ids"
+                _require(0 <= token_id < vocab_size, name, token_id, f"a token id in [0, {vocab_size})")
+        for token_id, bias in self.logit_bias.items():
+            _require(math.isfinite(bias), f"logit_bias[{token_id}]", bias, "finite")
+
+
+def _require(condition: bool, name: str, value: object, allowed: str) -> None:
+    finite = not isinstance(value, float) or math.isfinite(value)
+    if not (condition and finite):
+        raise InvalidRequestError(f"{name} must be {allowed}, got {value}.", param=name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenParams:
+    """The part of SamplingParams that the engine acts on: numbers and token ids, no text.
+
+    `top_k` 0 means all. `stop_ids` already holds the model's end-of-sequence ids unless the request
+    ignores them. `max_new_tokens` is already clipped to what the context allows, and is at least 0.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW_TEMPERATURE or self.top_k == 1
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether the logits are edited before sampling (penalties, bias, suppressed stop ids)."""
+        return bool(
+            self.frequency_penalty
+            or self.presence_penalty
+            or self.repetition_penalty != 1.0
+            or self.logit_bias
+            or self.min_new_tokens
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinishReason:
+    """Why a request ended. `matched` is the stop token id or the stop string.
+
+    kind "stop" | "length" | "abort". For "abort", `message` says why, and `http_status` is 0 when the
+    user asked for it, otherwise the status of the error that ended the request.
+    """
+
+    kind: str
+    matched: int | str | None = None
+    message: str = ""
+    http_status: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenDelta:
+    """New tokens of one request, as the engine tells them: at most one delta a request and step.
+
+    `token_ids` includes the stop token that ended the request. The counts are totals so far.
+    """
+
+    rid: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_retractions: int = 0
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What the engine knows once the model is loaded; constant while it serves."""
+
+    model_path: str
+    architecture: str
+    model_type: str
+    vocab_size: int
+    context_length: int  # prompt + output tokens of one request
+    max_total_tokens: int  # token slots in the KV pool
+    max_running_requests: int
+    page_size: int
+    num_pages: int
+    chunked_prefill_size: int
+    param_bytes: int
+    kv_bytes: int
+    dtype: str
+    quantization: str
+    platform: str
+    device_kind: str
+    num_devices: int
+    startup_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """The engine's live counts, sent with its outputs and at least once a second while idle."""
+
+    num_running: int = 0
+    num_queued: int = 0
+    num_free_pages: int = 0  # free or reclaimable from the prefix cache
+    num_cached_pages: int = 0
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_retractions: int = 0
+    num_aborted: int = 0
+    num_finished: int = 0
+    num_compiles: int = 0  # programs compiled or restored from the compile cache
+    num_late_compiles: int = 0  # of those, after warm-up ended: should stay 0
+    is_warm: bool = False  # every program of the bucket ladder is ready
+    step_gap_s: float = 0.0  # device idle time between steps, summed
+    step_busy_s: float = 0.0
+    gen_throughput: float = 0.0  # tokens a second, over the last window

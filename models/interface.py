@@ -1,0 +1,94 @@
+"""What a model family offers to the loader and to the runner, and what it is given for one step.
+
+A family file defines a frozen `Config` with `from_hf`, a `param_specs(cfg)` table, and an `nnx.Module`
+whose `__call__(batch, kv) -> (hidden, kv)` is the forward pass. `registry.py` finds it by architecture
+name. Knows nothing of files, schedulers or HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """One tensor of a checkpoint in Hugging Face naming, with the shape it must have there."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParamSpec:
+    """One served parameter and the checkpoint tensors that make it, concatenated along axis 0.
+
+    `path` addresses the module attribute ("layers.3.w_qkv_FD"). `kind` is "matrix" ([output, input]) or
+    "embedding" ([vocabulary, width]), both quantisable per row of axis 0, or "vector" (norms and
+    biases: never quantised, kept in float32). `axes` are logical names for sharding, one an axis.
+    """
+
+    path: str
+    kind: str
+    sources: tuple[TensorSource, ...]
+    axes: tuple[str | None, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.sources[0].shape
+        return (sum(source.shape[0] for source in self.sources), *first[1:])
+
+
+class StepBatch(NamedTuple):
+    """One step on the device: R decode rows, then C chunks packed into the remaining tokens.
+
+    T = R + (padded chunk tokens). Padded rows and tokens have length 0 and write to page 0, the trash
+    page. `table_XW` holds a block table a slot; decode rows and chunks name their slot.
+    """
+
+    token_ids_T: jax.Array  # int32
+    positions_T: jax.Array  # int32
+    write_index_T: jax.Array  # int32, page * S + offset: where each token's K and V go
+    decode_slot_R: jax.Array  # int32
+    decode_kv_len_R: jax.Array  # int32, tokens attended to, this one included; 0 for padding
+    chunk_slot_C: jax.Array  # int32
+    chunk_token_C: jax.Array  # int32, index in T of the chunk's first token
+    chunk_len_C: jax.Array  # int32, tokens of this step; 0 for padding
+    chunk_kv_len_C: jax.Array  # int32, start + chunk_len
+    table_XW: jax.Array  # int32, page ids by slot (X slots)
+    sample_token_B: jax.Array  # int32, index in T of the token whose logits row B samples
+
+
+class KVLayer(NamedTuple):
+    """One layer's part of the paged pool."""
+
+    k_PSKH: jax.Array
+    v_PSKH: jax.Array
+
+
+class ModelConfig(Protocol):
+    """The fields that rooms outside a family read."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def max_context(self) -> int: ...
+
+
+class Family(Protocol):
+    """A family file seen as an object (the module itself satisfies it)."""
+
+    Config: Any
+    Model: Any
+
+    def param_specs(self, cfg: Any) -> list[ParamSpec]: ...
