@@ -1,7 +1,7 @@
 """What a model family offers to the loader and to the runner, and what it is given for one step.
 
 A family file defines a frozen `Config` with `from_hf`, a `param_specs(cfg)` table, and an `nnx.Module`
-whose `__call__(batch, kv) -> (hidden, kv)` is the forward pass. `registry.py` finds it by architecture
+whose `__call__(batch, kv) -> (logits_BV, kv)` is the forward pass. `registry.py` finds it by architecture
 name. Knows nothing of files, schedulers or HTTP.
 """
 
