@@ -9,7 +9,15 @@ from __future__ import annotations
 
 import msgspec
 
+from jaxserve.config import ServerConfig
 from jaxserve.types import EngineInfo, EngineStats, TokenDelta, TokenParams
+
+
+class Configure(msgspec.Struct, frozen=True, tag=True):
+    """The first message to an engine process. `model_path` is where the files lie on this machine."""
+
+    config: ServerConfig
+    model_path: str
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
@@ -63,5 +71,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Submit | Abort | FlushCache | Shutdown
+ToEngine = Configure | Submit | Abort | FlushCache | Shutdown
 FromEngine = Starting | Ready | StepOutput | Flushed | Failed

@@ -1,0 +1,214 @@
+"""Composition root of the engine: from settings and files to a loop that is ready to run.
+
+Called by engine_main.py (a process of its own under `jaxserve launch`) and by llm.py (a thread). The only
+place where weights, models, runner and scheduler meet; decides nothing itself but the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.config import ServerConfig
+from jaxserve.engine.loop import EngineLink, EngineLoop
+from jaxserve.errors import WeightError
+from jaxserve.kernels_pallas.dispatch import choose_kernels
+from jaxserve.models.registry import find_family
+from jaxserve.runner.buckets import make_ladder
+from jaxserve.runner.device_state import PoolSize, kv_bytes_per_token
+from jaxserve.runner.programs import use_compile_cache
+from jaxserve.runner.runner import ModelRunner
+from jaxserve.runner.sizing import Machine, Precision, Sizes, choose_precision, choose_sizes
+from jaxserve.scheduler.state import new_state
+from jaxserve.types import EngineInfo
+from jaxserve.weights.cache import cache_dir
+from jaxserve.weights.loader import load_params
+from jaxserve.weights.resolve import ModelFiles
+
+OnProgress = Callable[[str, float, float | None, str], None]  # stage, done, total, unit
+
+logger = logging.getLogger("jaxserve.engine")
+
+
+def build_engine(
+    config: ServerConfig, files: ModelFiles, link: EngineLink, on_progress: OnProgress
+) -> tuple[EngineLoop, ModelRunner, EngineInfo]:
+    """Load the model, size the pool, compile the first programs; the rest compile on a thread.
+
+    Raises ConfigError or WeightError with a sentence for the person who launched it.
+    """
+    start_s = time.perf_counter()
+    machine = read_machine()
+    use_compile_cache(_compile_cache_dir(config, machine))
+    family, cfg = _read_family(files)
+    specs = family.param_specs(cfg)
+    precision = choose_precision(config, machine.platform, checkpoint_bits(files, specs))
+    logger.info("Load weight begin. %s as %s", files.model_id, _describe(precision))
+    params = load_params(
+        files,
+        specs,
+        dtype=precision.dtype,
+        quantization=precision.quantization,
+        on_progress=lambda stage, done, total: on_progress(stage, done, total, "B"),
+        random_seed=config.random_seed or 0,
+    )
+    kernels = choose_kernels(machine.platform)
+    model = family.Model(cfg, params, kernels)
+    param_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    del params
+    logger.info("Load weight end. %.2f GB in %.1f s", param_bytes / 1e9, time.perf_counter() - start_s)
+    kv_dtype = jnp.dtype(precision.kv_dtype)
+    sizes = choose_sizes(
+        config,
+        machine,
+        precision,
+        model_context=cfg.max_context,
+        param_bytes=param_bytes,
+        kv_bytes_per_token=kv_bytes_per_token(cfg, kv_dtype),
+        slot_bytes=8 * cfg.vocab_size,
+    )
+    runner = _make_runner(model, cfg, sizes, kv_dtype)
+    runner.warm_up(lambda done, total: on_progress("Compiling", done, total, "programs"))
+    runner.programs.compile_rest(on_done=lambda: _finish_warm_up(runner))
+    state = new_state(sizes.num_pages, sizes.page_size, sizes.max_rows, not config.disable_radix_cache)
+    loop = EngineLoop(runner, state, link, config.max_queued_requests)
+    info = _describe_engine(config, files, cfg, sizes, precision, machine, runner, start_s)
+    logger.info(
+        "max_total_num_tokens=%d, chunked_prefill_size=%d, max_running_requests=%d, context_len=%d, "
+        "page_size=%d, kv_cache=%.2f GB %s, kernels=%s, device=%s",
+        sizes.num_tokens,
+        sizes.chunk_tokens,
+        sizes.max_rows,
+        sizes.context_length,
+        sizes.page_size,
+        runner.kv_bytes / 1e9,
+        precision.kv_dtype,
+        kernels.name,
+        info.device_kind,
+    )
+    return loop, runner, info
+
+
+def read_machine() -> Machine:
+    """The hardware as JAX and the operating system tell it."""
+    device = jax.devices()[0]
+    kind = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
+    stats = device.memory_stats() if kind != "cpu" else None
+    if stats:
+        memory_bytes = stats["bytes_limit"]
+        free_bytes = memory_bytes - stats["bytes_in_use"]
+    else:
+        memory_bytes, free_bytes = _host_memory()
+    return Machine(
+        platform=kind, num_devices=jax.device_count(), memory_bytes=memory_bytes, free_bytes=free_bytes
+    )
+
+
+def checkpoint_bits(files: ModelFiles, specs: list) -> int:
+    """Bits a weight takes in the files, on average; 16 where there are no files."""
+    if files.kind == "dummy":
+        return 16
+    num_weights = 0
+    for spec in specs:
+        size = 1
+        for length in spec.shape:
+            size *= length
+        num_weights += size
+    return round(8 * sum(path.stat().st_size for path in files.files) / num_weights)
+
+
+def _read_family(files: ModelFiles):
+    try:
+        family = find_family(files.hf_config)
+        return family, family.Config.from_hf(files.hf_config)
+    except (ValueError, KeyError) as error:
+        detail = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise WeightError(f"{files.model_id} cannot be served: {detail}.") from error
+
+
+def _make_runner(model, cfg, sizes: Sizes, kv_dtype: jnp.dtype) -> ModelRunner:
+    pool = PoolSize(
+        num_pages=sizes.num_pages,
+        page_size=sizes.page_size,
+        num_slots=sizes.max_rows,
+        table_width=sizes.table_width,
+    )
+    ladder = make_ladder(
+        max_rows=sizes.max_rows, max_tokens=sizes.chunk_tokens, min_rows=sizes.min_rows, mixes=sizes.mixes
+    )
+    return ModelRunner(model, cfg, pool, kv_dtype, ladder)
+
+
+def _finish_warm_up(runner: ModelRunner) -> None:
+    runner.compiles.expect_no_more()
+    logger.info("All %d programs are ready.", len(runner.programs.ready))
+
+
+def _describe_engine(
+    config: ServerConfig,
+    files: ModelFiles,
+    cfg,
+    sizes: Sizes,
+    precision: Precision,
+    machine: Machine,
+    runner: ModelRunner,
+    start_s: float,
+) -> EngineInfo:
+    return EngineInfo(
+        model_path=config.model_path,
+        architecture=files.hf_config["architectures"][0],
+        model_type=files.hf_config.get("model_type", ""),
+        vocab_size=cfg.vocab_size,
+        context_length=min(sizes.context_length, sizes.num_tokens),
+        max_total_tokens=sizes.num_tokens,
+        max_running_requests=sizes.max_rows,
+        page_size=sizes.page_size,
+        num_pages=sizes.num_pages - 1,
+        chunked_prefill_size=sizes.chunk_tokens,
+        param_bytes=runner.param_bytes,
+        kv_bytes=runner.kv_bytes,
+        dtype=precision.dtype,
+        quantization=precision.quantization,
+        platform=machine.platform,
+        device_kind=jax.devices()[0].device_kind,
+        num_devices=machine.num_devices,
+        startup_s=time.perf_counter() - start_s,
+    )
+
+
+def _describe(precision: Precision) -> str:
+    return precision.dtype if precision.quantization == "none" else precision.quantization
+
+
+def _compile_cache_dir(config: ServerConfig, machine: Machine) -> Path:
+    """Programs for the CPU hold its own instructions: another CPU gets another folder."""
+    if config.compilation_cache_dir:
+        return Path(config.compilation_cache_dir).expanduser()
+    folder = cache_dir() / "programs"
+    if machine.platform != "cpu":
+        return folder / machine.platform
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    traits = "".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))
+    return folder / f"cpu-{hashlib.sha256(traits.encode()).hexdigest()[:12]}"
+
+
+def _host_memory() -> tuple[int, int]:
+    """Bytes of memory in all and available, of this machine."""
+    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return total_bytes, total_bytes // 2
+    available_kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+    return total_bytes, total_bytes // 2 if available_kib is None else available_kib * 1024

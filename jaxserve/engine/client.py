@@ -1,0 +1,165 @@
+"""EngineClient: the asyncio side of the engine. Submits requests, hands out their tokens, aborts them.
+
+Used by the HTTP side and by the library; implements server/engine_port.py. Owns the table of open
+requests: whoever stops listening to a stream aborts its request, and an engine that dies fails every
+open request with the reason. Knows token ids and messages; knows no text and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+
+from jaxserve.engine.messages import (
+    Abort,
+    Failed,
+    FlushCache,
+    Flushed,
+    FromEngine,
+    Ready,
+    Starting,
+    StepOutput,
+    Submit,
+    ToEngine,
+)
+from jaxserve.errors import InvalidRequestError, UnavailableError
+from jaxserve.types import EngineInfo, EngineStats, FinishReason, TokenDelta, TokenParams
+
+FLUSH_POLL_S = 0.05
+
+
+class EngineClient:
+    """All methods belong to one event loop. `send` is given by the transport (`connect`)."""
+
+    def __init__(self):
+        self._send: Callable[[ToEngine], None] | None = None
+        self._open: dict[str, asyncio.Queue[TokenDelta]] = {}
+        self._flushes: dict[int, asyncio.Future[bool]] = {}
+        self._num_flushes = 0
+        self._last_heard_s = time.monotonic()
+        self.info: EngineInfo | None = None
+        self.was_ready = False  # in the life of the present or last engine
+        self.failure: str | None = None  # its last words, if it had any
+        self.stats = EngineStats()
+        self.status = "starting"
+        self.status_message = "The engine is starting."
+        self.status_changed = asyncio.Event()
+
+    @property
+    def heartbeat_age_s(self) -> float:
+        return time.monotonic() - self._last_heard_s
+
+    def connect(self, send: Callable[[ToEngine], None]) -> None:
+        """A (new) engine is there and starting."""
+        self._send = send
+        self._last_heard_s = time.monotonic()
+        self.was_ready, self.failure = False, None
+        self._set_status("starting", "The engine is starting.")
+
+    def drain(self) -> None:
+        """Take no more requests; those open go on."""
+        self._set_status("draining", "The server is shutting down and takes no more requests.")
+
+    def lose(self, reason: str) -> None:
+        """The engine is gone: every open request fails with the reason."""
+        self._send = None
+        self.info = None
+        if self.status != "draining":
+            self._set_status("dead", reason)
+        for rid, waiting in self._open.items():
+            waiting.put_nowait(_ended(rid, reason, 503))
+        for future in self._flushes.values():
+            if not future.done():
+                future.set_result(False)
+
+    def handle(self, message: FromEngine) -> None:
+        """A message from the engine, in order."""
+        self._last_heard_s = time.monotonic()
+        if isinstance(message, StepOutput):
+            self.stats = message.stats
+            for delta in message.deltas:
+                waiting = self._open.get(delta.rid)
+                if waiting is not None:  # else its listener has left; the abort is on its way
+                    waiting.put_nowait(delta)
+        elif isinstance(message, Starting):
+            self.status_message = message.message
+        elif isinstance(message, Ready):
+            self.info = message.info
+            self.was_ready = True
+            if self.status == "starting":
+                self._set_status("ready", "The engine is ready.")
+        elif isinstance(message, Flushed):
+            future = self._flushes.pop(message.call_id, None)
+            if future is not None and not future.done():
+                future.set_result(message.ok)
+        elif isinstance(message, Failed):
+            self.failure = message.message
+            self.lose(message.message)
+
+    async def generate(
+        self, rid: str, prompt_ids: list[int], params: TokenParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> AsyncIterator[TokenDelta]:
+        """Submit a request and yield its deltas; the last one has `finish` set.
+
+        Raises UnavailableError unless the engine is ready, InvalidRequestError if the rid is in use.
+        Closing the iterator early aborts the request.
+        """
+        if self.status != "ready" or self._send is None:
+            raise UnavailableError(self.status_message)
+        if rid in self._open:
+            raise InvalidRequestError(
+                f"rid {rid!r} is in use by another request; choose another.", param="rid"
+            )
+        waiting: asyncio.Queue[TokenDelta] = asyncio.Queue()
+        self._open[rid] = waiting
+        is_over = False
+        try:
+            self._send(Submit(rid, prompt_ids, params, priority, cache_salt))
+            while not is_over:
+                delta = await waiting.get()
+                is_over = delta.finish is not None
+                yield delta
+        finally:
+            del self._open[rid]
+            if not is_over:
+                self.abort(rid)
+
+    def abort(self, rid: str) -> None:
+        """Ask for a request to end. Unknown ids are ignored: it may have ended by itself."""
+        if self._send is not None:
+            self._send(Abort(rid))
+
+    def live_rids(self) -> Iterable[str]:
+        return list(self._open)
+
+    async def flush_cache(self, timeout_s: float) -> bool:
+        """Empty the prefix cache once nothing runs; False if something still runs after timeout_s."""
+        deadline_s = time.monotonic() + timeout_s
+        while self._send is not None:
+            self._num_flushes += 1
+            future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self._flushes[self._num_flushes] = future
+            self._send(FlushCache(self._num_flushes))
+            if await future:
+                return True
+            if time.monotonic() >= deadline_s:
+                return False
+            await asyncio.sleep(FLUSH_POLL_S)
+        return False
+
+    def _set_status(self, status: str, message: str) -> None:
+        self.status, self.status_message = status, message
+        self.status_changed.set()
+        self.status_changed = asyncio.Event()
+
+
+def _ended(rid: str, reason: str, http_status: int) -> TokenDelta:
+    return TokenDelta(
+        rid=rid,
+        token_ids=[],
+        num_prompt_tokens=0,
+        num_cached_tokens=0,
+        num_output_tokens=0,
+        finish=FinishReason(kind="abort", message=reason, http_status=http_status),
+    )

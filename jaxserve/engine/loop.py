@@ -1,0 +1,161 @@
+"""The batcher loop: receive, schedule, launch, then read the step before. One thread, one device.
+
+Overlap is the only mode: step N + 1 is planned and launched before the tokens of step N are read, so the
+device never waits for Python. Whatever ends a sequence is learnt one step late; the scheduler throws
+the extra token away. Knows token ids and pages; knows no text and no HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxserve.engine.messages import (
+    Abort,
+    FlushCache,
+    Flushed,
+    FromEngine,
+    Shutdown,
+    StepOutput,
+    Submit,
+    ToEngine,
+)
+from jaxserve.engine.meter import Meter
+from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler import schedule as scheduler
+from jaxserve.scheduler.plan import StepLimits, StepPlan
+from jaxserve.scheduler.state import SchedulerState, has_work, num_running, num_waiting
+from jaxserve.types import FinishReason, TokenDelta
+
+HEARTBEAT_S = 0.5  # the engine says at least this often that it lives, so that /health can be honest
+STEPS_IN_FLIGHT = 2  # launched and not yet read, at most
+
+logger = logging.getLogger("jaxserve.engine")
+
+
+class PendingStep(Protocol):
+    def read(self) -> list[int]: ...
+
+
+class StepRunner(Protocol):
+    """What the loop needs of a runner (runner/runner.py; a fake in tests)."""
+
+    def limits(self) -> StepLimits: ...
+    def step(self, plan: StepPlan) -> PendingStep: ...
+    def compile_counts(self) -> tuple[int, int, bool]: ...  # all, late, whether every program is ready
+
+
+class EngineLink(Protocol):
+    """The engine's end of the connection to its clients (engine/transport.py)."""
+
+    def receive(self, timeout_s: float) -> list[ToEngine]: ...  # waits for the first, at most timeout_s
+    def send(self, message: FromEngine) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    plan: StepPlan
+    pending: PendingStep
+
+
+class EngineLoop:
+    def __init__(
+        self,
+        runner: StepRunner,
+        state: SchedulerState,
+        link: EngineLink,
+        max_queued_requests: int | None = None,
+    ):
+        self._runner = runner
+        self._state = state
+        self._link = link
+        self._max_queued_requests = max_queued_requests
+        self._in_flight: deque[Launched] = deque()
+        self._is_stopping = False
+        self._last_report_s = time.perf_counter()
+        self.meter = Meter()
+
+    def run_forever(self) -> None:
+        """Serve until a Shutdown message. A failure of the device ends the loop with its exception."""
+        while not self._is_stopping:
+            is_idle = not self._in_flight and not has_work(self._state)
+            messages = self._link.receive(HEARTBEAT_S if is_idle else 0.0)
+            deltas = self._take(messages)
+            if is_idle and not messages:
+                self.meter.rest()
+                self._report([])
+                continue
+            self.run_step(deltas)
+
+    def run_step(self, deltas: list[TokenDelta]) -> None:
+        """Launch the next step, then read the oldest one; tell `deltas` and what was read."""
+        plan = scheduler.schedule(self._state, self._runner.limits())
+        if not plan.is_empty:
+            self.meter.launch(is_device_idle=not self._in_flight)
+            self._in_flight.append(Launched(plan, self._runner.step(plan)))
+        if self._in_flight and (plan.is_empty or len(self._in_flight) >= STEPS_IN_FLIGHT):
+            step = self._in_flight.popleft()
+            sampled = step.pending.read()
+            deltas = deltas + scheduler.apply(self._state, step.plan, sampled)
+            self.meter.finish(step.plan, deltas, self._state)
+        if deltas or time.perf_counter() - self._last_report_s > HEARTBEAT_S:
+            self._report(deltas)
+
+    def _report(self, deltas: list[TokenDelta]) -> None:
+        self._last_report_s = time.perf_counter()
+        compiles = self._runner.compile_counts()
+        self._link.send(StepOutput(deltas, self.meter.stats(self._state, compiles)))
+
+    def _take(self, messages: list[ToEngine]) -> list[TokenDelta]:
+        deltas: list[TokenDelta] = []
+        for message in messages:
+            if isinstance(message, Submit):
+                deltas += self._submit(message)
+            elif isinstance(message, Abort):
+                delta = scheduler.abort(self._state, message.rid)
+                if delta is not None:
+                    deltas.append(delta)
+            elif isinstance(message, FlushCache):
+                is_quiet = not self._in_flight
+                ok = is_quiet and scheduler.flush(self._state)
+                self._link.send(Flushed(message.call_id, ok))
+            elif isinstance(message, Shutdown):
+                self._is_stopping = True
+        return deltas
+
+    def _submit(self, message: Submit) -> list[TokenDelta]:
+        """Queue a request, or answer at once with the reason why not."""
+        limit = self._max_queued_requests
+        if limit is not None and num_waiting(self._state) >= limit and not self._has_free_row():
+            reason = f"The request queue is full ({limit} requests wait). Try again later."
+            return [_refuse(message, reason, 429)]
+        try:
+            scheduler.add(
+                self._state,
+                rid=message.rid,
+                prompt_ids=message.prompt_ids,
+                params=message.params,
+                priority=message.priority,
+                cache_salt=message.cache_salt,
+            )
+        except InvalidRequestError as error:
+            return [_refuse(message, error.message, 400)]
+        return []
+
+    def _has_free_row(self) -> bool:
+        busy = num_running(self._state) + num_waiting(self._state)
+        return busy < self._runner.limits().max_rows
+
+
+def _refuse(message: Submit, reason: str, http_status: int) -> TokenDelta:
+    return TokenDelta(
+        rid=message.rid,
+        token_ids=[],
+        num_prompt_tokens=len(message.prompt_ids),
+        num_cached_tokens=0,
+        num_output_tokens=0,
+        finish=FinishReason(kind="abort", message=reason, http_status=http_status),
+    )

@@ -1,0 +1,103 @@
+"""Times what the engine does: throughput, the gap between steps, and the log lines people watch.
+
+Fed by engine/loop.py; with the scheduler's own totals it makes the EngineStats that travel to the HTTP
+side. Owns the clock, so that the scheduler need not have one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from jaxserve.scheduler.plan import StepPlan
+from jaxserve.scheduler.state import (
+    SchedulerState,
+    num_free_pages,
+    num_running,
+    num_waiting,
+)
+from jaxserve.types import EngineStats, TokenDelta
+
+DECODE_LOG_INTERVAL_STEPS = 40
+THROUGHPUT_WINDOW_S = 1.0
+
+logger = logging.getLogger("jaxserve.engine")
+
+
+class Meter:
+    def __init__(self):
+        self.step_gap_s = 0.0
+        self.step_busy_s = 0.0
+        self.gen_throughput = 0.0
+        self._last_done_s: float | None = None  # when the device last ran dry; None before and when resting
+        self._busy_since_s = time.perf_counter()
+        self._window_start_s = time.perf_counter()
+        self._window_tokens = 0
+        self._decode_steps_since_log = 0
+
+    def launch(self, *, is_device_idle: bool) -> None:
+        """A step goes to the device. Idle time since the last result counts as gap."""
+        now_s = time.perf_counter()
+        if is_device_idle:
+            if self._last_done_s is not None:
+                self.step_gap_s += now_s - self._last_done_s
+            self._busy_since_s = now_s
+
+    def finish(self, plan: StepPlan, deltas: list[TokenDelta], state: SchedulerState) -> None:
+        """A step's tokens were read."""
+        now_s = time.perf_counter()
+        self.step_busy_s += now_s - self._busy_since_s
+        self._busy_since_s = self._last_done_s = now_s
+        self._window_tokens += sum(len(delta.token_ids) for delta in deltas)
+        window_s = now_s - self._window_start_s
+        if window_s >= THROUGHPUT_WINDOW_S:
+            self.gen_throughput = self._window_tokens / window_s
+            self._window_start_s, self._window_tokens = now_s, 0
+        self._log(plan, state)
+
+    def rest(self) -> None:
+        """Nothing to do: the time until the next request is no gap."""
+        self._last_done_s = None
+        self._window_start_s, self._window_tokens = time.perf_counter(), 0
+        self.gen_throughput = 0.0
+
+    def stats(self, state: SchedulerState, compiles: tuple[int, int, bool]) -> EngineStats:
+        return EngineStats(
+            num_running=num_running(state),
+            num_queued=num_waiting(state),
+            num_free_pages=num_free_pages(state),
+            num_cached_pages=state.cache.num_cached,
+            num_steps=state.num_steps,
+            num_prompt_tokens=state.num_prompt_tokens,
+            num_cached_tokens=state.num_cached_tokens,
+            num_generated_tokens=state.num_generated_tokens,
+            num_retractions=state.num_retractions,
+            num_aborted=state.num_aborted,
+            num_finished=state.num_finished,
+            num_compiles=compiles[0],
+            num_late_compiles=compiles[1],
+            is_warm=compiles[2],
+            step_gap_s=self.step_gap_s,
+            step_busy_s=self.step_busy_s,
+            gen_throughput=self.gen_throughput,
+        )
+
+    def _log(self, plan: StepPlan, state: SchedulerState) -> None:
+        if plan.chunks:
+            logger.info(
+                "Prefill batch, #new-seq: %d, #new-token: %d, #running-req: %d, #queue-req: %d",
+                sum(chunk.samples for chunk in plan.chunks),
+                plan.num_chunk_tokens,
+                num_running(state),
+                num_waiting(state),
+            )
+            return
+        self._decode_steps_since_log += 1
+        if self._decode_steps_since_log >= DECODE_LOG_INTERVAL_STEPS:
+            self._decode_steps_since_log = 0
+            logger.info(
+                "Decode batch, #running-req: %d, gen throughput (token/s): %.1f, #queue-req: %d",
+                num_running(state),
+                self.gen_throughput,
+                num_waiting(state),
+            )

@@ -1,0 +1,84 @@
+"""The engine process: what `jaxserve launch` starts beside the HTTP process.
+
+Run as `python -m jaxserve.engine_main FD` by supervise.py, with one end of a socket pair as FD. Reads its
+settings from the socket, loads the model, serves until told to stop or until the other end is gone. Every
+failure is told as a sentence before the process ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+
+import jax
+
+from jaxserve.build import build_engine
+from jaxserve.engine.messages import Configure, Failed, Ready, Starting
+from jaxserve.engine.transport import SocketLink
+from jaxserve.errors import JaxserveError
+from jaxserve.log import set_up_logging
+from jaxserve.progress import Progress
+from jaxserve.weights.resolve import resolve_model
+
+LOST_GRACE_S = 5.0  # to end in order after the HTTP process is gone
+CONFIGURE_TIMEOUT_S = 60.0
+
+logger = logging.getLogger("jaxserve.engine")
+
+
+def main() -> int:
+    # Ctrl-C belongs to the HTTP process, which tells us to stop when its requests are done.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = SocketLink(socket.socket(fileno=int(sys.argv[1])), on_lost=_end_soon)
+    messages = link.receive(CONFIGURE_TIMEOUT_S)
+    if not messages or not isinstance(messages[0], Configure):
+        return 1
+    configure = messages[0]
+    set_up_logging(configure.config.log_level)
+    try:
+        serve(configure, link)
+    except JaxserveError as error:
+        link.send(Failed(error.message))
+        return 2
+    except (jax.errors.JaxRuntimeError, MemoryError, OSError, AssertionError) as error:
+        logger.exception("The engine failed.")
+        link.send(Failed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
+        return 1
+    return 0
+
+
+def serve(configure: Configure, link: SocketLink) -> None:
+    """Load, tell that we are ready, and run until shut down."""
+    config = configure.config
+
+    def tell(stage: str, done: float, total: float | None, unit: str) -> None:
+        progress.update(stage, done, total, unit)
+        link.send(Starting(stage, done / total if total else 0.0))
+
+    with Progress(config.log_level) as progress:
+        files = resolve_model(
+            configure.model_path,
+            load_format=config.load_format,
+            on_progress=lambda stage, done, total: tell(stage, done, total, "B"),
+        )
+        loop, runner, info = build_engine(config, files, link, tell)
+    link.send(Ready(info))
+    try:
+        loop.run_forever()
+    finally:
+        runner.programs.stop()
+
+
+def _end_soon() -> None:
+    """The HTTP process is gone. If we cannot end in order (a long load, a stuck step), end anyway."""
+    timer = threading.Timer(LOST_GRACE_S, os._exit, args=(1,))
+    timer.daemon = True
+    timer.start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,152 @@
+"""From a StepPlan to one int32 array, and from that array to a StepBatch inside the program.
+
+Called by the runner (pack, on the host) and by the step program (unpack, traced). One array means one
+upload a step; floats travel as their bits. Knows nothing of models or of how plans are made.
+
+The array of a program with R rows, C chunks, T prefill tokens and W pages a table, in this order:
+
+    decode   [3, R]  slot, position, write index (page * page_size + offset)
+    chunks   [5, C]  slot, index of the first token in T, length, start position, samples (0 or 1)
+    tables   [C, W]  the block table of each chunk's slot
+    tokens   [3, T]  id, position, write index
+    params   [B, F]  sampling parameters, B = R + C rows of SAMPLING_FIELDS
+
+Decode rows need no table: the device keeps every slot's table and learns at most one page a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.models.interface import StepBatch
+from jaxserve.runner.buckets import Shape
+from jaxserve.runner.sampler import SAMPLING_FIELDS, RowParams, read_params
+from jaxserve.scheduler.plan import DecodeRow, PrefillChunk
+from jaxserve.types import TokenParams
+
+
+def packed_shapes(shape: Shape, table_width: int) -> tuple[tuple[int, int], ...]:
+    """The parts of a program's packed array, in order."""
+    return (
+        (3, shape.num_rows),
+        (5, shape.num_chunks),
+        (shape.num_chunks, table_width),
+        (3, shape.num_tokens),
+        (shape.num_sampled, len(SAMPLING_FIELDS)),
+    )
+
+
+def packed_size(shape: Shape, table_width: int) -> int:
+    return sum(rows * cols for rows, cols in packed_shapes(shape, table_width))
+
+
+def _split(packed, shape: Shape, table_width: int) -> list:
+    """Views of the parts; works on NumPy arrays and on traced ones."""
+    parts, offset = [], 0
+    for rows, cols in packed_shapes(shape, table_width):
+        parts.append(packed[offset : offset + rows * cols].reshape(rows, cols))
+        offset += rows * cols
+    return parts
+
+
+def slot_params(params: TokenParams, num_prompt_tokens: int) -> np.ndarray:
+    """One slot's sampling parameters as an int32 row of SAMPLING_FIELDS."""
+    values = {
+        "temperature": 0.0 if params.is_greedy else params.temperature,
+        "top_p": params.top_p,
+        "min_p": params.min_p,
+        "frequency_penalty": params.frequency_penalty,
+        "presence_penalty": params.presence_penalty,
+        "repetition_penalty": params.repetition_penalty,
+        "top_k": params.top_k,
+        "seed": params.seed & 0x7FFFFFFF,
+        "min_position": num_prompt_tokens + params.min_new_tokens,
+        "has_extras": params.has_extras,
+    }
+    fields = [np.asarray(values[name], dtype).view(np.int32) for name, dtype in SAMPLING_FIELDS.items()]
+    return np.stack(fields)
+
+
+def pack_step(
+    shape: Shape,
+    decode: Sequence[DecodeRow],
+    chunks: Sequence[PrefillChunk],
+    params_XF: np.ndarray,
+    page_size: int,
+    table_width: int,
+) -> np.ndarray:
+    """The packed array of one launch. Padding names the trash slot (the last one) and page 0."""
+    trash_slot = params_XF.shape[0] - 1
+    packed = np.zeros(packed_size(shape, table_width), np.int32)
+    decode_FR, chunk_FC, table_CW, token_FT, params_BF = _split(packed, shape, table_width)
+    slot_B = np.full(shape.num_sampled, trash_slot, np.int32)
+    decode_FR[0] = trash_slot
+    chunk_FC[0] = trash_slot
+    if decode:
+        fields = np.array([(row.slot, row.position, row.page_id) for row in decode], np.int32).T
+        decode_FR[:, : len(decode)] = fields
+        decode_FR[2, : len(decode)] = fields[2] * page_size + fields[1] % page_size
+        slot_B[: len(decode)] = fields[0]
+    first = 0
+    for c, chunk in enumerate(chunks):
+        length = len(chunk.token_ids)
+        chunk_FC[:, c] = (chunk.slot, shape.num_rows + first, length, chunk.start, chunk.samples)
+        pages = np.asarray(chunk.page_ids, np.int32)
+        table_CW[c, : len(pages)] = pages
+        positions = np.arange(chunk.start, chunk.start + length, dtype=np.int32)
+        token_FT[0, first : first + length] = chunk.token_ids
+        token_FT[1, first : first + length] = positions
+        token_FT[2, first : first + length] = (
+            pages[positions // page_size] * page_size + positions % page_size
+        )
+        slot_B[shape.num_rows + c] = chunk.slot
+        first += length
+    params_BF[:] = params_XF[slot_B]
+    return packed
+
+
+class Unpacked(NamedTuple):
+    """What the step program reads out of the packed array."""
+
+    batch: StepBatch
+    rows: RowParams
+    slot_B: jax.Array  # where row B's sampled token is remembered; the trash slot for padding
+
+
+def unpack_step(
+    packed: jax.Array, shape: Shape, page_size: int, last_token_X: jax.Array, table_XW: jax.Array
+) -> Unpacked:
+    """The packed array and the device's own memory as a StepBatch; traced in the step program.
+
+    `batch.table_XW` is the table with this step's changes and becomes the new state.
+    """
+    decode_FR, chunk_FC, table_CW, token_FT, params_BF = _split(packed, shape, table_XW.shape[1])
+    slot_R, position_R, write_R = decode_FR
+    slot_C, token_C, len_C, start_C, samples_C = chunk_FC
+    trash_slot = last_token_X.shape[0] - 1
+    table_XW = table_XW.at[slot_C].set(table_CW)
+    table_XW = table_XW.at[slot_R, position_R // page_size].set(write_R // page_size)
+    kv_len_R = jnp.where(slot_R == trash_slot, 0, position_R + 1)
+    batch = StepBatch(
+        token_ids_T=jnp.concatenate([last_token_X[slot_R], token_FT[0]]),
+        positions_T=jnp.concatenate([position_R, token_FT[1]]),
+        write_index_T=jnp.concatenate([write_R, token_FT[2]]),
+        decode_slot_R=slot_R,
+        decode_kv_len_R=kv_len_R,
+        chunk_slot_C=slot_C,
+        chunk_token_C=token_C,
+        chunk_len_C=len_C,
+        chunk_kv_len_C=start_C + len_C,
+        table_XW=table_XW,
+        sample_token_B=jnp.concatenate(
+            [jnp.arange(shape.num_rows, dtype=jnp.int32), jnp.maximum(token_C + len_C - 1, 0)]
+        ),
+    )
+    sampled_position_B = jnp.concatenate([position_R + 1, start_C + len_C])
+    slot_B = jnp.concatenate([slot_R, jnp.where(samples_C > 0, slot_C, trash_slot)])
+    return Unpacked(batch, read_params(params_BF, sampled_position_B), slot_B)

@@ -1,0 +1,91 @@
+"""What the device remembers between steps: the paged KV pool and a few arrays indexed by slot.
+
+Allocated by the runner, donated to every step and replaced by what the step returns. Sizes are decided
+here too, from the memory that is free. Knows nothing of requests; a slot is a row number to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.models.interface import KVLayer, ModelConfig
+from jaxserve.runner.sampler import COUNT_MASK, IN_PROMPT, IS_STOP
+from jaxserve.types import TokenParams
+
+
+class DeviceState(NamedTuple):
+    """X slots, the last of which is trash: padded rows read and write it."""
+
+    kv: list[KVLayer]  # page 0 is trash likewise
+    last_token_X: jax.Array  # int32, the token that the slot's next decode row feeds
+    table_XW: jax.Array  # int32, block tables
+    edits_XV: jax.Array  # int32, see runner/sampler.py
+    bias_XV: jax.Array  # float32, logit bias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSize:
+    """How many pages of how many tokens, and the numbers that follow from it."""
+
+    num_pages: int  # trash page included
+    page_size: int
+    num_slots: int  # running sequences; one more is kept as trash
+    table_width: int  # pages of the longest sequence
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.num_pages - 1) * self.page_size
+
+
+def kv_bytes_per_token(cfg: ModelConfig, dtype: jnp.dtype) -> int:
+    return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
+
+
+def allocate(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> DeviceState:
+    """A zeroed DeviceState on the default device."""
+    num_slots = pool.num_slots + 1
+
+    def zeros() -> DeviceState:
+        shape_PSKH = (pool.num_pages, pool.page_size, cfg.num_kv_heads, cfg.head_dim)
+        layer = partial(jnp.zeros, shape_PSKH, kv_dtype)
+        return DeviceState(
+            kv=[KVLayer(layer(), layer()) for _ in range(cfg.num_layers)],
+            last_token_X=jnp.zeros(num_slots, jnp.int32),
+            table_XW=jnp.zeros((num_slots, pool.table_width), jnp.int32),
+            edits_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.int32),
+            bias_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.float32),
+        )
+
+    return jax.jit(zeros)()
+
+
+def edit_rows(
+    vocab_size: int, params: TokenParams, prompt_ids: list[int], output_ids: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The edits row (int32 [V]) and bias row (float32 [V]) of a slot's new sequence."""
+    edits_V = np.bincount(output_ids, minlength=vocab_size).astype(np.int32) & COUNT_MASK
+    edits_V[np.asarray(prompt_ids, np.int64)] |= IN_PROMPT
+    edits_V[np.asarray(params.stop_ids, np.int64)] |= IS_STOP
+    bias_V = np.zeros(vocab_size, np.float32)
+    for token_id, bias in params.logit_bias:
+        bias_V[token_id] = bias
+    return edits_V, bias_V
+
+
+def make_slot_writer() -> Callable[[DeviceState, np.int32, np.ndarray, np.ndarray], DeviceState]:
+    """A jitted function that puts a slot's edits and bias rows in place; the rest passes through."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def write_slot(state: DeviceState, slot, edits_V, bias_V) -> DeviceState:
+        return state._replace(
+            edits_XV=state.edits_XV.at[slot].set(edits_V), bias_XV=state.bias_XV.at[slot].set(bias_V)
+        )
+
+    return write_slot

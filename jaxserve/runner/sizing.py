@@ -1,0 +1,138 @@
+"""Turns "auto" into numbers: one pure function from the settings, the model and the machine.
+
+Called once by build.py, which logs what was chosen. Plain Python: asks no device and allocates nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxserve.config import ServerConfig
+from jaxserve.errors import ConfigError
+
+GIB = 1 << 30
+PAGE_SIZE = {"tpu": 128, "gpu": 64, "cpu": 16}
+# Rows of the smallest decode program. On the CPU a bf16 or int8 product of one row is 5 to 10 times
+# slower than one of two rows (XLA's matrix-vector path converts the weight); float32 is not.
+CPU_MIN_ROWS = {"float32": 1, "bfloat16": 2, "int8": 2}
+CPU_KV_BYTES = 2 * GIB  # a laptop's share for the pool when nothing is said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What sizing needs to know of the hardware."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    num_devices: int
+    memory_bytes: int  # of one device; of the machine on the CPU
+    free_bytes: int  # before the weights are loaded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    dtype: str  # of weights that are not quantised: "float32" or "bfloat16"
+    quantization: str  # "none" or "int8"
+    kv_dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    context_length: int
+    page_size: int
+    num_pages: int  # the trash page included
+    max_rows: int
+    chunk_tokens: int
+    min_rows: int  # of the smallest decode program
+    mixes: bool  # whether decode rows and prefill share a program
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.num_pages - 1) * self.page_size
+
+    @property
+    def table_width(self) -> int:
+        return math.ceil(self.context_length / self.page_size)
+
+
+def choose_precision(config: ServerConfig, platform: str, checkpoint_bits: int) -> Precision:
+    """Types of weights and pool. `checkpoint_bits` is the width of most weights as stored.
+
+    A checkpoint of 8 bits or fewer is served in int8 on the CPU, where that is the fastest product and
+    loses little that the file has not lost already; nothing else is quantised unasked.
+    """
+    quantization = config.quantization
+    if quantization == "auto":
+        quantization = "int8" if platform == "cpu" and checkpoint_bits <= 8 else "none"
+    dtype = config.dtype
+    if dtype == "auto":
+        dtype = "float32" if checkpoint_bits == 32 else "bfloat16"
+    kv_dtype = config.kv_cache_dtype
+    if kv_dtype == "auto":
+        # A scatter into a bf16 pool converts the whole pool on XLA's CPU backend (jax 0.10).
+        kv_dtype = "float32" if platform == "cpu" or dtype == "float32" else "bfloat16"
+    return Precision(dtype=dtype, quantization=quantization, kv_dtype=kv_dtype)
+
+
+def choose_sizes(
+    config: ServerConfig,
+    machine: Machine,
+    precision: Precision,
+    *,
+    model_context: int,
+    param_bytes: int,
+    kv_bytes_per_token: int,
+    slot_bytes: int,
+) -> Sizes:
+    """Pool, rows and chunk, each from its flag or from the memory. Raises ConfigError if nothing fits.
+
+    `slot_bytes` is what a running sequence costs beside its pages (sampling state).
+    """
+    if config.tp_size * config.dp_size != 1:
+        raise ConfigError("tp_size and dp_size above 1 are not served in this version.", param="tp_size")
+    platform = machine.platform
+    context_length = config.context_length or model_context
+    page_size = config.page_size or PAGE_SIZE[platform]
+    max_rows = config.max_running_requests or (64 if platform == "cpu" else 256)
+    chunk_tokens = config.chunked_prefill_size or (256 if platform == "cpu" else 2048)
+    if chunk_tokens == -1:
+        chunk_tokens = context_length
+    chunk_tokens = min(chunk_tokens, context_length)
+    num_tokens = config.max_total_tokens
+    if num_tokens is None:
+        budget = _pool_budget(config, machine, param_bytes) - (max_rows + 1) * slot_bytes
+        num_tokens = min(budget // kv_bytes_per_token, max_rows * context_length)
+    num_pages = num_tokens // page_size
+    if num_pages < 2:
+        needed = 2 * page_size * kv_bytes_per_token + param_bytes + (max_rows + 1) * slot_bytes
+        raise ConfigError(
+            f"The KV pool would hold {max(num_tokens, 0)} tokens, less than two pages of {page_size}: the "
+            f"model takes {param_bytes / GIB:.1f} GiB, {machine.free_bytes / GIB:.1f} GiB are free. At least "
+            f"{needed / GIB:.1f} GiB are needed; raise mem_fraction_static, set max_total_tokens, lower "
+            f"max_running_requests, or quantise the model.",
+            param="mem_fraction_static",
+        )
+    return Sizes(
+        context_length=context_length,
+        page_size=page_size,
+        num_pages=num_pages + 1,
+        max_rows=max_rows,
+        chunk_tokens=chunk_tokens,
+        min_rows=_min_rows(platform, precision, max_rows),
+        mixes=platform != "cpu",
+    )
+
+
+def _pool_budget(config: ServerConfig, machine: Machine, param_bytes: int) -> int:
+    """Bytes that the pool and the slots may take together."""
+    if machine.platform == "cpu" and config.mem_fraction_static is None:
+        return min(CPU_KV_BYTES, (machine.free_bytes - param_bytes) // 2)
+    fraction = config.mem_fraction_static or 0.88
+    return int(machine.memory_bytes * fraction) - param_bytes
+
+
+def _min_rows(platform: str, precision: Precision, max_rows: int) -> int:
+    if platform != "cpu":
+        return min(8, max_rows)
+    kind = precision.dtype if precision.quantization == "none" else precision.quantization
+    return CPU_MIN_ROWS[kind]

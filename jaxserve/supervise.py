@@ -1,0 +1,98 @@
+"""Keeps an engine process running beside the HTTP process: starts it, hears its end, starts it again.
+
+Used by launch.py on the HTTP side's event loop. An engine that dies while it serves is replaced, and its
+open requests fail with the reason; one that dies before it was ever ready ends the launch, since a wrong
+flag or a damaged file does not get better by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+
+from jaxserve.config import ServerConfig
+from jaxserve.engine.client import EngineClient
+from jaxserve.engine.messages import Configure, Shutdown
+from jaxserve.engine.transport import FrameProtocol
+
+MAX_RESTARTS = 5  # without a healthy stretch in between
+HEALTHY_AFTER_S = 60.0
+STOP_GRACE_S = 10.0
+
+logger = logging.getLogger("jaxserve.launch")
+
+
+class EngineSupervisor:
+    """Runs as a task (`run`) until `stop`; `failure` is the reason when it gave up."""
+
+    def __init__(self, config: ServerConfig, model_path: str, client: EngineClient):
+        self._config = config
+        self._model_path = model_path
+        self._client = client
+        self._process: asyncio.subprocess.Process | None = None
+        self._protocol: FrameProtocol | None = None
+        self._is_stopping = False
+        self.failure: str | None = None
+
+    async def run(self) -> None:
+        """Start the engine, and again whenever it dies; returns when stopped or when it gave up."""
+        num_restarts = 0
+        while not self._is_stopping:
+            was_ready, served_s, reason = await self._run_once()
+            if self._is_stopping:
+                return
+            if not was_ready and num_restarts == 0:
+                self.failure = reason
+                return
+            num_restarts = 1 if served_s > HEALTHY_AFTER_S else num_restarts + 1
+            if num_restarts > MAX_RESTARTS:
+                self.failure = f"{reason} It was restarted {MAX_RESTARTS} times in a row."
+                return
+            logger.error("%s Starting it again.", reason)
+            await asyncio.sleep(min(2 ** (num_restarts - 1) / 2, 10))
+
+    async def stop(self) -> None:
+        """End the engine: ask, then insist."""
+        self._is_stopping = True
+        if self._process is None or self._process.returncode is not None:
+            return
+        if self._protocol is not None:
+            self._protocol.send(Shutdown())
+        for insist in (self._process.terminate, self._process.kill):
+            try:
+                await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
+                return
+            except TimeoutError:
+                insist()
+        await self._process.wait()
+
+    async def _run_once(self) -> tuple[bool, float, str]:
+        """One life of the engine: whether it was ever ready, for how long it lived, why it ended."""
+        loop = asyncio.get_running_loop()
+        started_s = loop.time()
+        ours, theirs = socket.socketpair()
+        # A session of its own: Ctrl-C in the terminal reaches only us, and we end it in order.
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "jaxserve.engine_main",
+            str(theirs.fileno()),
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,
+        )
+        theirs.close()
+        lost = asyncio.Event()
+        _, protocol = await loop.create_connection(
+            lambda: FrameProtocol(self._client.handle, lost.set), sock=ours
+        )
+        self._protocol = protocol
+        self._client.connect(protocol.send)
+        protocol.send(Configure(self._config, self._model_path))
+        code = await self._process.wait()
+        await lost.wait()  # so that its last words are read
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
+        reason = self._client.failure or f"The engine process {how}."
+        self._client.lose(reason)
+        return self._client.was_ready, loop.time() - started_s, reason

@@ -1,0 +1,113 @@
+"""Leaf functions that the families share: norms, rotary embedding, attention over the pool.
+
+Plain functions of arrays; no module state, no configuration objects.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.kernels_pallas.dispatch import KernelSet
+from jaxserve.models.interface import KVLayer, StepBatch
+
+
+def rms_norm(x_TD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight over the last axis, float32 (Zhang and Sennrich 2019)."""
+    x_TD = x_TD.astype(jnp.float32)
+    variance_T1 = jnp.mean(jnp.square(x_TD), axis=-1, keepdims=True)
+    return x_TD * jax.lax.rsqrt(variance_T1 + eps) * weight_D
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's stretching of the low rotary frequencies (the rule of "rope_type": "llama3")."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_context: int
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[float, ...]:
+    """Angular frequency a pair of dimensions, [H / 2], in radians a token.
+
+    Computed on the host in float64: it is a constant of the program.
+    """
+    frequencies = []
+    for i in range(head_dim // 2):
+        frequency = theta ** (-2.0 * i / head_dim)
+        if scaling is not None:
+            wavelength = 2 * math.pi / frequency
+            turns = scaling.original_max_context / wavelength
+            if turns < scaling.low_freq_factor:
+                frequency /= scaling.factor
+            elif turns <= scaling.high_freq_factor:
+                span = scaling.high_freq_factor - scaling.low_freq_factor
+                smooth = (turns - scaling.low_freq_factor) / span
+                frequency = (1 - smooth) * frequency / scaling.factor + smooth * frequency
+        frequencies.append(frequency)
+    return tuple(frequencies)
+
+
+def rope_tables(positions_T: jax.Array, frequencies: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of position * frequency, float32 [T, 1, H / 2]; computed once a step."""
+    angle_TH = positions_T[:, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, :]
+    return jnp.cos(angle_TH)[:, None, :], jnp.sin(angle_TH)[:, None, :]
+
+
+def apply_rope(x_TNH: jax.Array, cos_T1H: jax.Array, sin_T1H: jax.Array) -> jax.Array:
+    """Rotate pairs (i, i + H / 2), the layout of Hugging Face checkpoints."""
+    first_TNH, second_TNH = jnp.split(x_TNH, 2, axis=-1)
+    return jnp.concatenate(
+        [
+            first_TNH * cos_T1H - second_TNH * sin_T1H,
+            second_TNH * cos_T1H + first_TNH * sin_T1H,
+        ],
+        axis=-1,
+    )
+
+
+def attend(
+    kernels: KernelSet,
+    q_TNH: jax.Array,
+    k_TKH: jax.Array,
+    v_TKH: jax.Array,
+    kv: KVLayer,
+    batch: StepBatch,
+    scale: float,
+) -> tuple[jax.Array, KVLayer]:
+    """Write the step's K and V to the pool, then attend: decode rows first, chunks behind them."""
+    kv = KVLayer(*kernels.kv_write(kv.k_PSKH, kv.v_PSKH, k_TKH, v_TKH, batch.write_index_T))
+    num_rows = batch.decode_slot_R.shape[0]
+    parts = []
+    if num_rows:
+        parts.append(
+            kernels.paged_decode(
+                q_TNH[:num_rows],
+                kv.k_PSKH,
+                kv.v_PSKH,
+                batch.table_XW,
+                batch.decode_slot_R,
+                batch.decode_kv_len_R,
+                scale=scale,
+            )
+        )
+    if batch.chunk_slot_C.shape[0]:
+        parts.append(
+            kernels.paged_prefill(
+                q_TNH[num_rows:],
+                kv.k_PSKH,
+                kv.v_PSKH,
+                batch.table_XW,
+                batch.chunk_slot_C,
+                batch.chunk_token_C - num_rows,
+                batch.chunk_len_C,
+                batch.chunk_kv_len_C,
+                scale=scale,
+            )
+        )
+    return jnp.concatenate(parts), kv

@@ -1,0 +1,140 @@
+"""Llama: the family to read first. RMS norm, rotary positions, grouped-query attention, gated MLP.
+
+Serves LlamaForCausalLM checkpoints (Llama 2 and 3, SmolLM2, TinyLlama). Other families say at the top
+of their file how they differ from this one. Reference: transformers, models/llama.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.kernels_pallas.dispatch import KernelSet
+from jaxserve.models.hf_config import read_hf_config
+from jaxserve.models.interface import KVLayer, ParamSpec, StepBatch, TensorSource
+from jaxserve.models.layers import RopeScaling, apply_rope, attend, rms_norm, rope_frequencies, rope_tables
+from jaxserve.models.quant import embed, matmul
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    vocab_size: int
+    width: int
+    mlp_width: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_context: int
+    ties_embeddings: bool
+    has_qkv_bias: bool = False
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Config:
+        """Read config.json's contents; raises ValueError on a field this family does not know."""
+        return cls(**read_hf_config(hf, supports={"attention_bias": (False,), "mlp_bias": (False,)}))
+
+
+def param_specs(cfg: Config) -> list[ParamSpec]:
+    """The served parameters and where each comes from; q/k/v and gate/up are fused while loading."""
+    q_width, kv_width = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+
+    def matrix(path: str, axes: tuple[str | None, str | None], *sources: tuple[str, int, int]) -> ParamSpec:
+        tensors = tuple(TensorSource(f"{name}.weight", (rows, cols)) for name, rows, cols in sources)
+        return ParamSpec(path=path, kind="matrix", sources=tensors, axes=axes)
+
+    def vector(path: str, axis: str | None, *sources: tuple[str, int]) -> ParamSpec:
+        tensors = tuple(TensorSource(name, (length,)) for name, length in sources)
+        return ParamSpec(path=path, kind="vector", sources=tensors, axes=(axis,))
+
+    embedding = TensorSource("model.embed_tokens.weight", (cfg.vocab_size, cfg.width))
+    specs = [ParamSpec(path="embed_VD", kind="embedding", sources=(embedding,), axes=("vocab", None))]
+    for i in range(cfg.num_layers):
+        here, hf = f"layers.{i}", f"model.layers.{i}"
+        q, k, v = (f"{hf}.self_attn.{name}_proj" for name in "qkv")
+        gate, up = (f"{hf}.mlp.{name}_proj" for name in ("gate", "up"))
+        qkv = ((q, q_width, cfg.width), (k, kv_width, cfg.width), (v, kv_width, cfg.width))
+        specs += [
+            vector(f"{here}.attn_norm_D", None, (f"{hf}.input_layernorm.weight", cfg.width)),
+            matrix(f"{here}.w_qkv_FD", ("heads", None), *qkv),
+            matrix(f"{here}.w_o_DF", (None, "heads"), (f"{hf}.self_attn.o_proj", cfg.width, q_width)),
+            vector(f"{here}.mlp_norm_D", None, (f"{hf}.post_attention_layernorm.weight", cfg.width)),
+            matrix(
+                f"{here}.w_gate_up_FD",
+                ("mlp", None),
+                (gate, cfg.mlp_width, cfg.width),
+                (up, cfg.mlp_width, cfg.width),
+            ),
+            matrix(f"{here}.w_down_DF", (None, "mlp"), (f"{hf}.mlp.down_proj", cfg.width, cfg.mlp_width)),
+        ]
+        if cfg.has_qkv_bias:
+            biases = ((f"{q}.bias", q_width), (f"{k}.bias", kv_width), (f"{v}.bias", kv_width))
+            specs.append(vector(f"{here}.b_qkv_F", "heads", *biases))
+    specs.append(vector("final_norm_D", None, ("model.norm.weight", cfg.width)))
+    if not cfg.ties_embeddings:
+        specs.append(matrix("head_VD", ("vocab", None), ("lm_head", cfg.vocab_size, cfg.width)))
+    return specs
+
+
+class Layer(nnx.Module):
+    """One block's parameters. `b_qkv_F` is None in models without attention biases."""
+
+    def __init__(self, params: Mapping[str, Any], prefix: str):
+        self.attn_norm_D = nnx.Param(params[f"{prefix}.attn_norm_D"])
+        self.w_qkv_FD = nnx.Param(params[f"{prefix}.w_qkv_FD"])
+        self.b_qkv_F = nnx.Param(params[f"{prefix}.b_qkv_F"]) if f"{prefix}.b_qkv_F" in params else None
+        self.w_o_DF = nnx.Param(params[f"{prefix}.w_o_DF"])
+        self.mlp_norm_D = nnx.Param(params[f"{prefix}.mlp_norm_D"])
+        self.w_gate_up_FD = nnx.Param(params[f"{prefix}.w_gate_up_FD"])
+        self.w_down_DF = nnx.Param(params[f"{prefix}.w_down_DF"])
+
+
+class Model(nnx.Module):
+    """Built from loaded parameters by path (see `param_specs`); `kernels` is chosen at start."""
+
+    def __init__(self, cfg: Config, params: Mapping[str, Any], kernels: KernelSet):
+        self.cfg = cfg
+        self.kernels = kernels
+        self.embed_VD = nnx.Param(params["embed_VD"])
+        self.layers = nnx.List([Layer(params, f"layers.{i}") for i in range(cfg.num_layers)])
+        self.final_norm_D = nnx.Param(params["final_norm_D"])
+        self.head_VD = None if cfg.ties_embeddings else nnx.Param(params["head_VD"])
+
+    def __call__(self, batch: StepBatch, kv: list[KVLayer]) -> tuple[jax.Array, list[KVLayer]]:
+        """One step: float32 logits [B, V] of the rows that sample, and the pool with the step's K and V.
+
+        The residual stream is float32 whatever the weights are; products read the weights' own dtype.
+        """
+        cfg = self.cfg
+        q_width, kv_width = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
+        frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        cos_T1H, sin_T1H = rope_tables(batch.positions_T, frequencies)
+        x_TD = embed(batch.token_ids_T, self.embed_VD.get_value())
+        new_kv = []
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            h_TD = rms_norm(x_TD, layer.attn_norm_D.get_value(), cfg.norm_eps)
+            qkv_TF = matmul(h_TD, layer.w_qkv_FD.get_value())
+            if layer.b_qkv_F is not None:
+                qkv_TF = qkv_TF + layer.b_qkv_F.get_value()
+            q_TF, k_TF, v_TF = jnp.split(qkv_TF, (q_width, q_width + kv_width), axis=1)
+            q_TNH = apply_rope(q_TF.reshape(-1, cfg.num_heads, cfg.head_dim), cos_T1H, sin_T1H)
+            k_TKH = apply_rope(k_TF.reshape(-1, cfg.num_kv_heads, cfg.head_dim), cos_T1H, sin_T1H)
+            v_TKH = v_TF.reshape(-1, cfg.num_kv_heads, cfg.head_dim)
+            scale = cfg.head_dim**-0.5
+            o_TNH, layer_kv = attend(self.kernels, q_TNH, k_TKH, v_TKH, layer_kv, batch, scale)
+            new_kv.append(layer_kv)
+            x_TD = x_TD + matmul(o_TNH.reshape(-1, q_width), layer.w_o_DF.get_value())
+            h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
+            gate_TF, up_TF = jnp.split(matmul(h_TD, layer.w_gate_up_FD.get_value()), 2, axis=1)
+            x_TD = x_TD + matmul(jax.nn.silu(gate_TF) * up_TF, layer.w_down_DF.get_value())
+        x_BD = rms_norm(x_TD[batch.sample_token_B], self.final_norm_D.get_value(), cfg.norm_eps)
+        head_VD = self.embed_VD if self.head_VD is None else self.head_VD
+        return matmul(x_BD, head_VD.get_value()), new_kv

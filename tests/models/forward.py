@@ -1,0 +1,73 @@
+"""Runs a family's forward pass directly, without runner or scheduler: one sequence, chunk by chunk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxserve.kernels_pallas.dispatch import XLA_KERNELS
+from jaxserve.models.interface import KVLayer, StepBatch
+from jaxserve.models.registry import find_family
+from jaxserve.weights.loader import load_params
+from jaxserve.weights.resolve import resolve_model
+
+PAGE_SIZE = 8
+
+
+def load_model(path: Path | str, dtype: str = "float32", quantization: str = "none") -> Any:
+    """The model of a checkpoint, ready to call."""
+    files = resolve_model(str(path), on_progress=lambda *_: None)
+    family = find_family(files.hf_config)
+    cfg = family.Config.from_hf(files.hf_config)
+    params = load_params(
+        files, family.param_specs(cfg), dtype=dtype, quantization=quantization, on_progress=lambda *_: None
+    )
+    return family.Model(cfg, params, XLA_KERNELS)
+
+
+def compute_logits(model: Any, token_ids: list[int], chunk_tokens: int | None = None) -> np.ndarray:
+    """Logits at every position of one sequence, float32 [tokens, vocabulary].
+
+    With `chunk_tokens` the sequence is computed in chunks of so many tokens; a chunk of one token is
+    fed as a decode row. Pages lie in the pool in reverse order, so that a mixed-up table shows.
+    """
+    cfg = model.cfg
+    num_pages = -(-len(token_ids) // PAGE_SIZE)
+    table = np.arange(num_pages, 0, -1, dtype=np.int32)
+    shape_PSKH = (num_pages + 1, PAGE_SIZE, cfg.num_kv_heads, cfg.head_dim)
+    kv = [KVLayer(jnp.zeros(shape_PSKH), jnp.zeros(shape_PSKH)) for _ in range(cfg.num_layers)]
+    graphdef, params = nnx.split(model)
+    step = jax.jit(lambda params, batch, kv: nnx.merge(graphdef, params)(batch, kv))
+    logits = []
+    chunk_tokens = chunk_tokens or len(token_ids)
+    for start in range(0, len(token_ids), chunk_tokens):
+        ids = token_ids[start : start + chunk_tokens]
+        logits_BV, kv = step(params, make_batch(ids, start, table), kv)
+        logits.append(np.asarray(logits_BV))
+    return np.concatenate(logits)
+
+
+def make_batch(ids: list[int], start: int, table: np.ndarray) -> StepBatch:
+    """A step of one sequence in slot 0: a decode row if it is one token, else a chunk."""
+    positions = np.arange(start, start + len(ids), dtype=np.int32)
+    is_row = len(ids) == 1
+    none = np.zeros(0, np.int32)
+    one = np.zeros(1, np.int32)
+    return StepBatch(
+        token_ids_T=jnp.asarray(ids, jnp.int32),
+        positions_T=jnp.asarray(positions),
+        write_index_T=jnp.asarray(table[positions // PAGE_SIZE] * PAGE_SIZE + positions % PAGE_SIZE),
+        decode_slot_R=jnp.asarray(one if is_row else none),
+        decode_kv_len_R=jnp.asarray(one + start + 1 if is_row else none),
+        chunk_slot_C=jnp.asarray(none if is_row else one),
+        chunk_token_C=jnp.asarray(none if is_row else one),
+        chunk_len_C=jnp.asarray(none if is_row else one + len(ids)),
+        chunk_kv_len_C=jnp.asarray(none if is_row else one + start + len(ids)),
+        table_XW=jnp.asarray(table[None]),
+        sample_token_B=jnp.arange(len(ids), dtype=jnp.int32),
+    )

@@ -1,0 +1,60 @@
+"""The families' logits against transformers, on tiny random models; see tests/goldens/manifest.json."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.goldens.read import TINY_BF16_PROMPT_LENGTH, read_manifest, read_tiny_goldens, relative_error
+from tests.models.forward import compute_logits, load_model
+from tests.tiny import TINY_NAMES, write_tiny_checkpoint
+
+F32_TOLERANCE = 1e-5
+# Both sides round to bfloat16, at different places: we keep the residual stream in float32.
+BF16_TOLERANCE = 2e-2
+
+
+@pytest.fixture(scope="module", params=TINY_NAMES)
+def tiny(request, tmp_path_factory):
+    """The name of a tiny model and the folder of its checkpoint."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_tiny_checkpoint(folder, request.param)
+    return request.param, folder
+
+
+def test_float32_logits_agree_at_every_position(tiny):
+    name, folder = tiny
+    model = load_model(folder)
+    for golden in read_tiny_goldens(name).values():
+        assert relative_error(compute_logits(model, golden.prompt_ids), golden.logits) <= F32_TOLERANCE
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 64])
+def test_logits_do_not_depend_on_how_the_prompt_is_cut(tiny, chunk_tokens):
+    name, folder = tiny
+    golden = read_tiny_goldens(name)[33]
+    logits = compute_logits(load_model(folder), golden.prompt_ids, chunk_tokens)
+    assert relative_error(logits, golden.logits) <= F32_TOLERANCE
+
+
+def test_bfloat16_logits_are_as_close_to_float32_as_those_of_torch(tiny):
+    name, folder = tiny
+    golden = read_tiny_goldens(name)[TINY_BF16_PROMPT_LENGTH]
+    assert golden.bf16_logits is not None
+    logits = compute_logits(load_model(folder, dtype="bfloat16"), golden.prompt_ids)
+    ours = relative_error(logits, golden.logits)
+    assert ours <= 1.25 * relative_error(golden.bf16_logits, golden.logits)
+    assert ours <= BF16_TOLERANCE * 5
+
+
+def test_int8_keeps_the_best_token_of_most_positions(tiny):
+    name, folder = tiny
+    golden = read_tiny_goldens(name)[130]
+    logits = compute_logits(load_model(folder, quantization="int8"), golden.prompt_ids)
+    same = np.mean(np.argmax(logits, -1) == np.argmax(golden.logits, -1))
+    assert relative_error(logits, golden.logits) < 0.2
+    assert same > 0.8
+
+
+def test_manifest_names_the_tolerance_that_is_tested_here():
+    assert read_manifest()
