@@ -70,7 +70,7 @@ def serve(configure: Configure, link: SocketLink) -> None:
     try:
         loop.run_forever()
     finally:
-        runner.programs.stop()
+        runner.close()
 
 
 def _end_soon() -> None:

@@ -70,7 +70,7 @@ class EngineLoop:
         max_queued_requests: int | None = None,
     ):
         self._runner = runner
-        self._state = state
+        self.scheduler_state = state
         self._link = link
         self._max_queued_requests = max_queued_requests
         self._in_flight: deque[Launched] = deque()
@@ -81,7 +81,7 @@ class EngineLoop:
     def run_forever(self) -> None:
         """Serve until a Shutdown message. A failure of the device ends the loop with its exception."""
         while not self._is_stopping:
-            is_idle = not self._in_flight and not has_work(self._state)
+            is_idle = not self._in_flight and not has_work(self.scheduler_state)
             messages = self._link.receive(HEARTBEAT_S if is_idle else 0.0)
             deltas = self._take(messages)
             if is_idle and not messages:
@@ -92,22 +92,22 @@ class EngineLoop:
 
     def run_step(self, deltas: list[TokenDelta]) -> None:
         """Launch the next step, then read the oldest one; tell `deltas` and what was read."""
-        plan = scheduler.schedule(self._state, self._runner.limits())
+        plan = scheduler.schedule(self.scheduler_state, self._runner.limits())
         if not plan.is_empty:
             self.meter.launch(is_device_idle=not self._in_flight)
             self._in_flight.append(Launched(plan, self._runner.step(plan)))
         if self._in_flight and (plan.is_empty or len(self._in_flight) >= STEPS_IN_FLIGHT):
             step = self._in_flight.popleft()
             sampled = step.pending.read()
-            deltas = deltas + scheduler.apply(self._state, step.plan, sampled)
-            self.meter.finish(step.plan, deltas, self._state)
+            deltas = deltas + scheduler.apply(self.scheduler_state, step.plan, sampled)
+            self.meter.finish(step.plan, deltas, self.scheduler_state)
         if deltas or time.perf_counter() - self._last_report_s > HEARTBEAT_S:
             self._report(deltas)
 
     def _report(self, deltas: list[TokenDelta]) -> None:
         self._last_report_s = time.perf_counter()
         compiles = self._runner.compile_counts()
-        self._link.send(StepOutput(deltas, self.meter.stats(self._state, compiles)))
+        self._link.send(StepOutput(deltas, self.meter.stats(self.scheduler_state, compiles)))
 
     def _take(self, messages: list[ToEngine]) -> list[TokenDelta]:
         deltas: list[TokenDelta] = []
@@ -115,12 +115,12 @@ class EngineLoop:
             if isinstance(message, Submit):
                 deltas += self._submit(message)
             elif isinstance(message, Abort):
-                delta = scheduler.abort(self._state, message.rid)
+                delta = scheduler.abort(self.scheduler_state, message.rid)
                 if delta is not None:
                     deltas.append(delta)
             elif isinstance(message, FlushCache):
                 is_quiet = not self._in_flight
-                ok = is_quiet and scheduler.flush(self._state)
+                ok = is_quiet and scheduler.flush(self.scheduler_state)
                 self._link.send(Flushed(message.call_id, ok))
             elif isinstance(message, Shutdown):
                 self._is_stopping = True
@@ -129,12 +129,12 @@ class EngineLoop:
     def _submit(self, message: Submit) -> list[TokenDelta]:
         """Queue a request, or answer at once with the reason why not."""
         limit = self._max_queued_requests
-        if limit is not None and num_waiting(self._state) >= limit and not self._has_free_row():
+        if limit is not None and self._num_queued() >= limit:
             reason = f"The request queue is full ({limit} requests wait). Try again later."
             return [_refuse(message, reason, 429)]
         try:
             scheduler.add(
-                self._state,
+                self.scheduler_state,
                 rid=message.rid,
                 prompt_ids=message.prompt_ids,
                 params=message.params,
@@ -145,9 +145,10 @@ class EngineLoop:
             return [_refuse(message, error.message, 400)]
         return []
 
-    def _has_free_row(self) -> bool:
-        busy = num_running(self._state) + num_waiting(self._state)
-        return busy < self._runner.limits().max_rows
+    def _num_queued(self) -> int:
+        """Requests that wait although every row is taken; the others get theirs in the next step."""
+        num_free_rows = self._runner.limits().max_rows - num_running(self.scheduler_state)
+        return num_waiting(self.scheduler_state) - num_free_rows
 
 
 def _refuse(message: Submit, reason: str, http_status: int) -> TokenDelta:

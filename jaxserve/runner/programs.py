@@ -112,10 +112,11 @@ class CompileCounter:
         self.num_compiles = 0
         self.num_late_compiles = 0
         self._is_late = False
+        self._is_closed = False
         jax.monitoring.register_event_duration_secs_listener(self._hear)
 
     def _hear(self, event: str, duration_secs: float, **_labels: str | int) -> None:
-        if event == COMPILE_EVENT:
+        if event == COMPILE_EVENT and not self._is_closed:
             self.num_compiles += 1
             if self._is_late:
                 self.num_late_compiles += 1
@@ -124,6 +125,10 @@ class CompileCounter:
     def expect_no_more(self) -> None:
         """From now on every compile is late: it stops running requests and should not happen."""
         self._is_late = True
+
+    def close(self) -> None:
+        """Count no more: JAX keeps its listeners, and another model in this process compiles too."""
+        self._is_closed = True
 
 
 def use_compile_cache(directory: Path) -> None:

@@ -66,13 +66,17 @@ class ModelRunner:
     def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
         """Compile what serving needs first: the ladder's first two programs and the slot writer."""
         first = self.programs.ladder.shapes[:2]
-        total = len(self.programs.ladder.shapes)
         edits_V, bias_V = np.zeros(self._vocab_size, np.int32), np.zeros(self._vocab_size, np.float32)
         self._state = self._write_slot(self._state, np.int32(0), edits_V, bias_V)
         for num_done, shape in enumerate(first):
-            on_progress(num_done, total)
+            on_progress(num_done, len(first))
             self.programs.compile_one(shape)
-        on_progress(len(first), total)
+        on_progress(len(first), len(first))
+
+    def close(self) -> None:
+        """Stop compiling in the background; the runner must not be used afterwards."""
+        self.programs.stop()
+        self.compiles.close()
 
     def compile_counts(self) -> tuple[int, int, bool]:
         """Compiles so far, those after warm-up, and whether every program of the ladder is ready."""

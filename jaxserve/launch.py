@@ -1,0 +1,169 @@
+"""Composition root of the server: files, tokenizer, engine process and HTTP application, put together.
+
+Called by cli.py with the settings. This process speaks HTTP and text and never imports jax; the engine is
+a process of its own (supervise.py). The port is taken before anything slow happens, the model's files are
+found or downloaded next, and HTTP answers (503, with the progress) while the engine loads and compiles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import time
+
+from sanic import Sanic
+
+from jaxserve.config import ServerConfig
+from jaxserve.engine.client import EngineClient
+from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.progress import Progress
+from jaxserve.server.app import create_app
+from jaxserve.server.settings import ServerSettings, TextTools, read_sampling_defaults
+from jaxserve.supervise import EngineSupervisor
+from jaxserve.text.chat_template import load_chat_template
+from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.types import TokenParams
+from jaxserve.weights.resolve import ModelFiles, resolve_model
+
+LISTEN_BACKLOG = 1024
+DRAIN_TIMEOUT_S = 30.0  # for open requests to finish after SIGTERM or Ctrl-C; a second one is not waited for
+WARM_UP_TOKENS = 8
+
+logger = logging.getLogger("jaxserve.launch")
+
+
+def run(config: ServerConfig, *, command: list[str]) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit status. Raises ConfigError or WeightError before serving."""
+    started_s = time.perf_counter()
+    logger.info("server_args=%r", config)
+    listener = _listen(config.host, config.port)
+    with Progress(config.log_level) as progress:
+        files = resolve_model(
+            config.model_path,
+            revision=config.revision,
+            download_dir=config.download_dir,
+            load_format=config.load_format,
+            on_progress=progress.update,
+        )
+    tokenizer = read_tokenizer(config, files)
+    text = TextTools(tokenizer=tokenizer, chat_template=load_chat_template(config.chat_template, tokenizer))
+    client = EngineClient()
+    supervisor = EngineSupervisor(config, local_model_path(files), client)
+    app = create_app(client, text, make_settings(config, files, command))
+    app.config.GRACEFUL_SHUTDOWN_TIMEOUT = DRAIN_TIMEOUT_S
+    _attach_engine(app, config, client, supervisor, tokenizer, started_s)
+    app.run(sock=listener, single_process=True, motd=False, access_log=False)
+    if supervisor.failure is not None:
+        print(f"jaxserve: error: {supervisor.failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def local_model_path(files: ModelFiles) -> str:
+    """Where the engine finds the same files, without asking a hub again."""
+    return str(files.files[0] if files.files and files.files[0].suffix == ".gguf" else files.local_dir)
+
+
+def read_tokenizer(config: ServerConfig, files: ModelFiles) -> Tokenizer:
+    """The tokenizer of --tokenizer-path, else the one that came with the model."""
+    return load_tokenizer(
+        config.tokenizer_path or local_model_path(files),
+        generation_config=files.generation_config,
+        vocab_size=files.hf_config.get("vocab_size"),
+    )
+
+
+def make_settings(config: ServerConfig, files: ModelFiles, command: list[str]) -> ServerSettings:
+    """The part of the flags that the HTTP side acts on."""
+    return ServerSettings(
+        served_model_name=config.model_name,
+        model_path=config.model_path,
+        tokenizer_path=config.tokenizer_path or local_model_path(files),
+        load_format=config.load_format,
+        api_key=config.api_key,
+        weight_version=config.weight_version,
+        sampling_defaults=read_sampling_defaults(files.generation_config),
+        max_concurrent_requests=config.max_concurrent_requests,
+        stream_interval=config.stream_interval,
+        random_seed=config.random_seed,
+        launch_command=" ".join(command),
+        server_args=config.shown(),
+    )
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound, listening socket; a busy port is told before minutes are spent on loading."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"Cannot listen on {host} port {port}: {error.strerror or error}. "
+            "Choose another with --host and --port, or stop the program that uses it.",
+            param="port",
+        ) from error
+    listener.listen(LISTEN_BACKLOG)
+    listener.setblocking(False)
+    return listener
+
+
+def _attach_engine(
+    app: Sanic,
+    config: ServerConfig,
+    client: EngineClient,
+    supervisor: EngineSupervisor,
+    tokenizer: Tokenizer,
+    started_s: float,
+) -> None:
+    """Start the engine with the server and end it after the last request."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def start(app: Sanic) -> None:
+        tasks.append(asyncio.create_task(_supervise(app, supervisor)))
+        tasks.append(asyncio.create_task(_welcome(config, client, tokenizer, started_s)))
+
+    async def drain(_app: Sanic) -> None:
+        client.drain()
+
+    async def stop(_app: Sanic) -> None:
+        await supervisor.stop()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    app.register_listener(start, "before_server_start")
+    app.register_listener(drain, "before_server_stop")
+    app.register_listener(stop, "after_server_stop")
+
+
+async def _supervise(app: Sanic, supervisor: EngineSupervisor) -> None:
+    await supervisor.run()
+    if supervisor.failure is not None:
+        app.stop()
+
+
+async def _welcome(
+    config: ServerConfig, client: EngineClient, tokenizer: Tokenizer, started_s: float
+) -> None:
+    """Once the engine is ready: one request of our own, then the line that scripts wait for."""
+    while client.status != "ready":
+        await client.status_changed.wait()
+    if not config.skip_server_warmup:
+        params = TokenParams(max_new_tokens=WARM_UP_TOKENS)
+        prompt_ids = tokenizer.encode("The capital city of France is")
+        try:
+            async for _ in client.generate("warm-up", prompt_ids, params):
+                pass
+        except JaxserveError as error:
+            logger.warning("The warm-up request failed: %s", error.message)
+    logger.info("Ready after %.1f s.", time.perf_counter() - started_s)
+    logger.info(
+        "Listening on http://%s:%d (docs at /docs)",
+        "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host,
+        config.port,
+    )
+    logger.info("The server is fired up and ready to roll!")

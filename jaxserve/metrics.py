@@ -1,0 +1,180 @@
+"""The numbers behind /metrics, under the names that SGLang's dashboards read.
+
+One registry per app, none global. The engine's counts are read when a scrape asks for them; latency
+histograms are fed by the HTTP side as tokens pass. Knows nothing of HTTP, of queues or of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from jaxserve.types import EngineInfo, EngineStats
+
+# Seconds. A TPU's first token comes in milliseconds, a laptop's may take a minute.
+FIRST_TOKEN_BUCKETS_S = (
+    *(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.4, 0.6, 0.8),
+    *(1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 120, 300),
+)
+NEXT_TOKEN_BUCKETS_S = (
+    *(0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06),
+    *(0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2, 5),
+)
+REQUEST_BUCKETS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1, 2, 5, 10, 20, 40, 60, 100, 200, 400, 600, 1200, 1800)
+TOKEN_COUNT_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+
+
+class ServerMetrics:
+    """All series of one app. `read_stats`, `read_info` and `read_heartbeat_age_s` are called per scrape."""
+
+    def __init__(
+        self,
+        model_name: str,
+        read_stats: Callable[[], EngineStats],
+        read_info: Callable[[], EngineInfo | None],
+        read_heartbeat_age_s: Callable[[], float],
+    ):
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(model_name, read_stats, read_info, read_heartbeat_age_s))
+        self._model_name = model_name
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "Time to first token.", FIRST_TOKEN_BUCKETS_S
+        )
+        self._next_token = self._histogram(
+            "inter_token_latency_seconds", "Time between tokens.", NEXT_TOKEN_BUCKETS_S
+        )
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Time of a request per output token after the first.",
+            NEXT_TOKEN_BUCKETS_S,
+        )
+        self._request = self._histogram(
+            "e2e_request_latency_seconds", "Time from request to last token.", REQUEST_BUCKETS_S
+        )
+        self._prompt_size = self._histogram(
+            "prompt_tokens_histogram", "Prompt tokens of a request.", TOKEN_COUNT_BUCKETS
+        )
+        self._reply_size = self._histogram(
+            "generation_tokens_histogram", "Output tokens of a request.", TOKEN_COUNT_BUCKETS
+        )
+        self._num_requests = Counter(
+            "sglang:num_requests", "Sequences finished.", ["model_name"], registry=self._registry
+        ).labels(model_name)
+        self._http_requests = Counter(
+            "sglang:http_requests", "HTTP requests.", ["endpoint", "method"], registry=self._registry
+        )
+        self._http_responses = Counter(
+            "sglang:http_responses",
+            "HTTP responses.",
+            ["endpoint", "status_code", "method"],
+            registry=self._registry,
+        )
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        histogram = Histogram(
+            f"sglang:{name}", text, ["model_name"], registry=self._registry, buckets=tuple(buckets)
+        )
+        return histogram.labels(self._model_name)
+
+    def observe_first_token(self, elapsed_s: float) -> None:
+        self._first_token.observe(elapsed_s)
+
+    def observe_next_tokens(self, elapsed_s: float, num_tokens: int) -> None:
+        """`num_tokens` arrived together, `elapsed_s` after the one before them."""
+        for _ in range(num_tokens):
+            self._next_token.observe(elapsed_s / num_tokens)
+
+    def observe_finish(self, elapsed_s: float, decode_s: float, num_prompt: int, num_output: int) -> None:
+        """`decode_s` is the time from the first output token to the last."""
+        self._num_requests.inc()
+        self._request.observe(elapsed_s)
+        self._prompt_size.observe(num_prompt)
+        self._reply_size.observe(num_output)
+        if num_output > 1:
+            self._per_token.observe(decode_s / (num_output - 1))
+
+    def observe_http_request(self, endpoint: str, method: str) -> None:
+        self._http_requests.labels(endpoint, method).inc()
+
+    def observe_http_response(self, endpoint: str, method: str, status: int) -> None:
+        self._http_responses.labels(endpoint, str(status), method).inc()
+
+    def render(self) -> bytes:
+        """The whole exposition, in Prometheus' text format 0.0.4."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector:
+    """Reads the engine's counts at scrape time, so that nothing has to push them."""
+
+    def __init__(
+        self,
+        model_name: str,
+        read_stats: Callable[[], EngineStats],
+        read_info: Callable[[], EngineInfo | None],
+        read_heartbeat_age_s: Callable[[], float],
+    ):
+        self._model_name = model_name
+        self._read_stats = read_stats
+        self._read_info = read_info
+        self._read_heartbeat_age_s = read_heartbeat_age_s
+
+    def collect(self) -> Iterable[Metric]:
+        stats, info = self._read_stats(), self._read_info()
+        for name, text, value in _count_series(stats):
+            counter = CounterMetricFamily(name, text, labels=["model_name"])
+            counter.add_metric([self._model_name], value)
+            yield counter
+        heartbeat = ("jaxserve:engine_heartbeat_age_seconds", "Silence.", self._read_heartbeat_age_s())
+        for name, text, value in (*_gauge_series(stats, info), heartbeat):
+            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
+            gauge.add_metric([self._model_name], value)
+            yield gauge
+
+
+def _count_series(stats: EngineStats) -> list[tuple[str, str, float]]:
+    return [
+        ("sglang:prompt_tokens", "Prompt tokens processed.", stats.num_prompt_tokens),
+        ("sglang:generation_tokens", "Tokens generated.", stats.num_generated_tokens),
+        ("sglang:cached_tokens", "Prompt tokens found in the prefix cache.", stats.num_cached_tokens),
+        ("sglang:num_aborted_requests", "Sequences aborted.", stats.num_aborted),
+        ("sglang:num_retracted_requests", "Sequences sent back to the queue.", stats.num_retractions),
+        ("jaxserve:steps", "Steps launched.", stats.num_steps),
+        ("jaxserve:compiles", "Programs compiled or restored.", stats.num_compiles),
+        ("jaxserve:late_compiles", "Programs compiled after warm-up.", stats.num_late_compiles),
+        ("jaxserve:step_gap_seconds", "Device idle time between steps.", stats.step_gap_s),
+        ("jaxserve:step_busy_seconds", "Device time inside steps.", stats.step_busy_s),
+    ]
+
+
+def _gauge_series(stats: EngineStats, info: EngineInfo | None) -> list[tuple[str, str, float]]:
+    hit_rate = stats.num_cached_tokens / stats.num_prompt_tokens if stats.num_prompt_tokens else 0.0
+    series: list[tuple[str, str, float]] = [
+        ("sglang:num_running_reqs", "Sequences running.", stats.num_running),
+        ("sglang:num_queue_reqs", "Sequences waiting.", stats.num_queued),
+        ("sglang:gen_throughput", "Tokens a second, lately.", stats.gen_throughput),
+        ("sglang:cache_hit_rate", "Share of prompt tokens found in the prefix cache.", hit_rate),
+        ("jaxserve:num_free_pages", "Pages free or reclaimable.", stats.num_free_pages),
+        ("jaxserve:num_cached_pages", "Pages held by the prefix cache alone.", stats.num_cached_pages),
+        ("jaxserve:is_warm", "1 once every program is compiled.", stats.is_warm),
+        ("jaxserve:is_ready", "1 once the engine has loaded the model.", info is not None),
+    ]
+    if info is None:
+        return series
+    num_used = max(info.num_pages - stats.num_free_pages, 0) * info.page_size
+    return [
+        *series,
+        ("sglang:num_used_tokens", "Token slots in use.", num_used),
+        ("sglang:token_usage", "Share of token slots in use.", num_used / max(info.max_total_tokens, 1)),
+        (
+            "sglang:utilization",
+            "Share of rows in use.",
+            stats.num_running / max(info.max_running_requests, 1),
+        ),
+        ("sglang:max_total_num_tokens", "Token slots in the pool.", info.max_total_tokens),
+        ("sglang:startup_time_seconds", "Time from start to ready.", info.startup_s),
+        ("jaxserve:kv_bytes", "Bytes of the KV pool.", info.kv_bytes),
+        ("jaxserve:param_bytes", "Bytes of the parameters.", info.param_bytes),
+    ]

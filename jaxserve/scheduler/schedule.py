@@ -1,0 +1,252 @@
+"""The scheduler: `schedule(state, limits) -> StepPlan` and `apply(state, plan, sampled) -> deltas`.
+
+Called by engine/loop.py, which launches every plan it gets, in order, before it asks for the next. Pure
+functions over SchedulerState: the same calls give the same plans. Knows nothing of arrays, devices,
+clocks or text.
+
+Overlap. A plan may be made while earlier ones are not applied yet, so a sequence may have tokens in
+flight: sampled on the device, and fed there to the next step, without the host having seen them. A stop is
+learnt when its step is applied; what was planned for the sequence in between is a stale row.
+
+Why pages can be given back at once although stale rows may still be running. The device runs steps in
+order of launch. A stale row was launched before the page was given back, so it writes before any later
+step writes there for a new owner, and nobody reads a position that a later step has not written. A page
+that goes to the prefix cache instead is no exception: it is filled by tokens that are known and whose KV
+planned steps compute, and a stale row writes at the position of the last known token or after it, that is
+either the very token the page holds there, or past every cached page. So a cached page never changes.
+
+Why it ends. `_secure_oldest` gives the oldest running sequence its next page before anyone else, taking
+from the others if need be, and it is never a victim itself; so as long as it has anything left to plan it
+gets at least one token further in every step, and it fits the pool by `add`. Only the admission of a still
+older one takes this place from it, which happens at most once for each older request. When it has ended,
+the same holds for the next oldest; when nothing runs the head of the queue is admitted. So every request
+ends, and there is never a lack of pages to raise an error for.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+
+from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler.admit import plan_prefill
+from jaxserve.scheduler.plan import DecodeRow, StepLimits, StepPlan
+from jaxserve.scheduler.state import SchedulerState, Seq, SeqStatus, has_work, make_delta
+from jaxserve.types import FinishReason, TokenDelta, TokenParams
+
+
+def add(
+    state: SchedulerState,
+    *,
+    rid: str,
+    prompt_ids: list[int],
+    params: TokenParams,
+    priority: int = 0,
+    cache_salt: str = "",
+) -> None:
+    """Queue a request: higher priority first, then first come first served.
+
+    `params.max_new_tokens` is clipped so that the request fits the pool when it is alone there. Raises
+    InvalidRequestError for an empty prompt, one that the whole pool cannot hold, or an id in use.
+    """
+    capacity = state.pool.num_usable * state.page_size
+    num_prompt_tokens = len(prompt_ids)
+    if rid in state.by_rid:
+        raise InvalidRequestError(f"rid {rid!r} is in use by another request; choose another.", param="rid")
+    if num_prompt_tokens == 0:
+        raise InvalidRequestError("The prompt is empty; it must hold at least 1 token.", param="prompt")
+    if num_prompt_tokens + 1 > capacity:
+        raise InvalidRequestError(
+            f"The prompt has {num_prompt_tokens} tokens, but the KV pool holds {capacity} tokens in all, "
+            f"and one is needed for the reply: at most {capacity - 1} are possible. "
+            "Shorten the prompt, or start the server with a larger --max-total-tokens.",
+            param="prompt",
+        )
+    if num_prompt_tokens + params.max_new_tokens > capacity:
+        params = dataclasses.replace(params, max_new_tokens=capacity - num_prompt_tokens)
+    seq = Seq(
+        seq_id=state.next_seq_id,
+        rid=rid,
+        params=params,
+        priority=priority,
+        cache_salt=cache_salt,
+        num_prompt_tokens=num_prompt_tokens,
+        num_kv_tokens=num_prompt_tokens + max(params.max_new_tokens - 1, 0),
+        token_ids=list(prompt_ids),
+        tail=state.cache.root,
+    )
+    state.next_seq_id += 1
+    state.by_rid[rid] = seq
+    _enqueue(state, seq)
+
+
+def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
+    """Plan the next step: a row for every decoding sequence, then as much prefill as there is room for.
+
+    The plan is empty when nothing can be done before earlier plans are applied (or nothing is left to
+    do); an empty plan has no step number of its own and need not be launched or applied.
+    """
+    assert limits.page_size == state.page_size, f"page size {limits.page_size}, expected {state.page_size}"
+    assert min(limits.max_rows, limits.max_chunks, limits.max_chunk_tokens) >= 1, (
+        f"no room for a step: {limits}"
+    )
+    _secure_oldest(state)
+    rows = _plan_decode_rows(state)
+    inits, chunks = plan_prefill(state, limits)
+    plan = StepPlan(step=state.num_steps, inits=inits, decode=tuple(rows.values()), chunks=chunks)
+    if not plan.is_empty:
+        state.num_steps += 1
+    return plan
+
+
+def apply(state: SchedulerState, plan: StepPlan, sampled: list[int]) -> list[TokenDelta]:
+    """Take in the tokens that `plan` sampled, aligned as plan.py says. Plans are applied in order.
+
+    Results for a sequence that has ended or was retracted since the plan was made are dropped.
+    """
+    num_results = len(plan.decode) + len(plan.chunks)
+    assert len(sampled) == num_results, f"step {plan.step} has {num_results} results, got {len(sampled)}"
+    deltas: list[TokenDelta] = []
+    running = state.running
+    for row, token_id in zip(plan.decode, sampled, strict=False):
+        seq = running.get(row.seq_id)
+        if seq is not None and seq.epoch == row.epoch:
+            assert row.position == len(seq.token_ids) - 1, f"step {plan.step} is applied out of order"
+            deltas.append(_append_token(state, seq, token_id))
+    for chunk, token_id in zip(plan.chunks, sampled[len(plan.decode) :], strict=True):
+        seq = running.get(chunk.seq_id)
+        if seq is None or seq.epoch != chunk.epoch:
+            continue
+        if chunk.samples:
+            deltas.append(_append_token(state, seq, token_id))
+        elif seq.params.max_new_tokens == 0 and chunk.start + len(chunk.token_ids) == seq.prefill_end:
+            deltas.append(_finish(state, seq, [], FinishReason(kind="length")))
+    return deltas
+
+
+def abort(state: SchedulerState, rid: str) -> TokenDelta | None:
+    """Drop a request wherever it is; its slot and pages are free on return. None if it is not known."""
+    seq = state.by_rid.get(rid)
+    if seq is None:
+        return None
+    if seq.status is SeqStatus.WAITING:
+        del state.waiting[bisect.bisect_left(state.waiting, seq.queue_key, key=_get_queue_key)]
+    else:
+        _release(state, seq)
+    seq.status = SeqStatus.FINISHED
+    del state.by_rid[rid]
+    state.num_aborted += 1
+    return make_delta(seq, [], FinishReason(kind="abort", message="The request was aborted."))
+
+
+def flush(state: SchedulerState) -> bool:
+    """Empty the prefix cache, if nothing runs or waits; returns whether it did."""
+    if has_work(state):
+        return False
+    state.cache.clear()
+    return True
+
+
+def _secure_oldest(state: SchedulerState) -> None:
+    """Give the oldest running sequence the page for its next position, before anyone else takes it."""
+    if not state.running:
+        return
+    oldest = state.running[min(state.running)]
+    if oldest.is_fully_planned or oldest.num_planned < len(oldest.page_ids) * state.page_size:
+        return
+    while state.cache.num_available == 0:
+        _retract(state, _choose_victim(state))
+    oldest.page_ids.append(state.cache.allocate())
+
+
+def _plan_decode_rows(state: SchedulerState) -> dict[int, DecodeRow]:
+    """One row for every sequence past its prefill, by seq_id, in order of admission."""
+    rows: dict[int, DecodeRow] = {}
+    page_size = state.page_size
+    for seq in list(state.running.values()):
+        if seq.status is not SeqStatus.RUNNING or not seq.can_decode:
+            continue  # retracted for a row above, or waiting for results
+        position = seq.num_planned
+        index = position // page_size
+        if index == len(seq.page_ids):
+            while state.cache.num_available == 0 and seq.status is SeqStatus.RUNNING:
+                victim = _choose_victim(state)
+                # Its row must not run in the step that gives its pages to others.
+                if rows.pop(victim.seq_id, None) is not None:
+                    victim.num_planned -= 1
+                _retract(state, victim)
+            if seq.status is not SeqStatus.RUNNING:
+                continue  # it was the victim itself
+            seq.page_ids.append(state.cache.allocate())
+        rows[seq.seq_id] = DecodeRow(seq.slot, seq.seq_id, seq.epoch, position, seq.page_ids[index])
+        seq.num_planned = position + 1
+        seq.num_in_flight += 1
+    return rows
+
+
+def _choose_victim(state: SchedulerState) -> Seq:
+    """The running sequence with the fewest output tokens, the latest among equals; never the oldest.
+
+    Those that have nothing left to plan come last: they end with the steps in flight, and give their
+    pages back without losing work.
+    """
+    oldest_id = min(state.running)
+    return min(
+        (seq for seq in state.running.values() if seq.seq_id != oldest_id),
+        key=lambda seq: (seq.is_fully_planned, seq.num_output_tokens, -seq.seq_id),
+    )
+
+
+def _retract(state: SchedulerState, seq: Seq) -> None:
+    """Take slot and pages from a running sequence and queue it again, ahead of those that never ran.
+
+    Known output tokens are kept and later prefilled like a prompt, mostly out of the prefix cache. Those
+    in flight are dropped and sampled again; sampling depends on seed and position alone, so they come
+    out the same.
+    """
+    _release(state, seq)
+    seq.status = SeqStatus.WAITING
+    seq.epoch += 1
+    seq.num_planned = seq.num_in_flight = seq.prefill_end = 0
+    state.num_retractions += 1
+    _enqueue(state, seq)
+
+
+def _append_token(state: SchedulerState, seq: Seq, token_id: int) -> TokenDelta:
+    """Make a sampled token known, and end the sequence if it was the last."""
+    seq.token_ids.append(token_id)
+    seq.num_in_flight -= 1
+    state.num_generated_tokens += 1
+    params = seq.params
+    num_output_tokens = len(seq.token_ids) - seq.num_prompt_tokens
+    if token_id in params.stop_ids and num_output_tokens >= params.min_new_tokens:
+        return _finish(state, seq, [token_id], FinishReason(kind="stop", matched=token_id))
+    if num_output_tokens >= params.max_new_tokens:
+        return _finish(state, seq, [token_id], FinishReason(kind="length"))
+    return make_delta(seq, [token_id])
+
+
+def _finish(state: SchedulerState, seq: Seq, token_ids: list[int], finish: FinishReason) -> TokenDelta:
+    _release(state, seq)
+    seq.status = SeqStatus.FINISHED
+    del state.by_rid[seq.rid]
+    state.num_finished += 1
+    return make_delta(seq, token_ids, finish)
+
+
+def _release(state: SchedulerState, seq: Seq) -> None:
+    """Give back the slot and pages of a running sequence; pages full of reusable tokens stay cached."""
+    del state.running[seq.seq_id]
+    state.free_slots.append(seq.slot)
+    state.cache.release(seq.tail, seq.token_ids, seq.page_ids, seq.num_reusable_tokens, seq.cache_salt)
+    seq.slot = -1
+    seq.page_ids = []
+    seq.tail = state.cache.root
+
+
+def _enqueue(state: SchedulerState, seq: Seq) -> None:
+    bisect.insort(state.waiting, seq, key=_get_queue_key)
+
+
+def _get_queue_key(seq: Seq) -> tuple[int, int, int]:
+    return seq.queue_key

@@ -1,0 +1,231 @@
+"""What the scheduler knows: one Seq a live request, and the SchedulerState that holds them all.
+
+Changed only by schedule.py and admit.py; read by the engine through the functions at the end. Plain
+data: knows nothing of text, arrays, devices or time. All order is that of lists and dicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from jaxserve.scheduler.pages import PagePool
+from jaxserve.scheduler.prefix_cache import Node, PrefixCache
+from jaxserve.types import FinishReason, TokenDelta, TokenParams
+
+
+class SeqStatus(Enum):
+    WAITING = "waiting"  # for a slot: never run so far, or retracted
+    RUNNING = "running"  # has a slot: in its prefill, or decoding
+    FINISHED = "finished"  # stopped, full or aborted; holds nothing
+
+
+@dataclass(slots=True, eq=False)
+class Seq:
+    """One request. Its token positions, once it decodes and two steps are planned ahead:
+
+        0                 num_prompt_tokens      num_known    num_planned
+        | prompt tokens   | known output tokens  | in flight  .
+        | KV computed, or certain to be, once the planned steps ran   | one more token sampled
+
+    During the prefill nothing is in flight and num_planned < prefill_end = num_known. From the end of
+    the prefill on, num_planned + 1 == num_known + num_in_flight: the last sampled token, known or
+    not, has no KV yet.
+    """
+
+    seq_id: int  # order of arrival
+    rid: str
+    params: TokenParams
+    priority: int
+    cache_salt: str
+    num_prompt_tokens: int
+    num_kv_tokens: int  # positions that ever need KV; the last output token is sampled and never fed
+    token_ids: list[int]  # prompt, then the output tokens known so far
+    tail: Node  # of the prefix cache: the end of the part of our pages that is cached
+    status: SeqStatus = SeqStatus.WAITING
+    slot: int = -1
+    epoch: int = 0  # counts retractions; results planned in an earlier epoch are ignored
+    page_ids: list[int] = field(default_factory=list)
+    prefill_end: int = 0  # tokens known at admission: where prefill ends and decoding begins
+    num_planned: int = 0  # positions 0 .. num_planned - 1 have their KV computed by planned steps
+    num_in_flight: int = 0  # tokens sampled by planned steps that are not applied yet
+    num_cached_tokens: int | None = None  # matched at the first admission, and never changed after
+    leader: PrefillLead | None = None  # whose prefill this waiting sequence is held for
+
+    @property
+    def num_known(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_planned < self.prefill_end
+
+    @property
+    def can_decode(self) -> bool:
+        """Whether the prefill is planned to its end and one more token may be asked for.
+
+        The row at position p samples token p + 1, so asking for no more than max_new_tokens, known and
+        in flight, is the same as feeding no position past the last that needs KV.
+        """
+        return self.prefill_end <= self.num_planned < self.num_kv_tokens
+
+    @property
+    def is_fully_planned(self) -> bool:
+        """Whether nothing is left to plan: once the planned steps are applied it has ended."""
+        return self.num_planned == self.num_kv_tokens
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """Tokens that are known and whose KV is computed by planned steps: what may be cached."""
+        return min(self.num_planned, len(self.token_ids))
+
+    @property
+    def queue_key(self) -> tuple[int, int, int]:
+        """The waiting queue's order: retracted ones by arrival, then the rest by priority and arrival."""
+        if self.epoch > 0:
+            return (0, 0, self.seq_id)
+        return (1, -self.priority, self.seq_id)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillLead:
+    """A running prefill that will have cached `num_tokens` tokens which another sequence also needs."""
+
+    seq: Seq
+    epoch: int
+    num_tokens: int
+
+    @property
+    def is_pending(self) -> bool:
+        seq = self.seq
+        is_same_run = seq.status is SeqStatus.RUNNING and seq.epoch == self.epoch
+        return is_same_run and seq.num_planned < self.num_tokens
+
+
+@dataclass(slots=True)
+class SchedulerState:
+    """All of it. The counts at the end are totals since the start, for the engine's statistics."""
+
+    page_size: int
+    max_rows: int
+    pool: PagePool
+    cache: PrefixCache
+    waiting: list[Seq] = field(default_factory=list)  # sorted by queue_key
+    running: dict[int, Seq] = field(default_factory=dict)  # by seq_id, in order of admission
+    by_rid: dict[str, Seq] = field(default_factory=dict)  # waiting and running
+    free_slots: list[int] = field(default_factory=list)  # a stack: the last one is given next
+    next_seq_id: int = 0
+    num_steps: int = 0  # plans that were not empty
+    num_prompt_tokens: int = 0  # of requests admitted
+    num_cached_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_retractions: int = 0
+    num_aborted: int = 0
+    num_finished: int = 0  # by stop or length
+
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
+
+def new_state(num_pages: int, page_size: int, max_rows: int, use_prefix_cache: bool = True) -> SchedulerState:
+    """An idle scheduler over `num_pages` pages (page 0 is trash, so one less is used), `max_rows` slots."""
+    assert page_size >= 1, f"page_size must be at least 1, got {page_size}"
+    assert max_rows >= 1, f"max_rows must be at least 1, got {max_rows}"
+    pool = PagePool(num_pages)
+    cache = PrefixCache(pool=pool, page_size=page_size, is_enabled=use_prefix_cache)
+    free_slots = list(range(max_rows - 1, -1, -1))
+    return SchedulerState(
+        page_size=page_size, max_rows=max_rows, pool=pool, cache=cache, free_slots=free_slots
+    )
+
+
+def num_running(state: SchedulerState) -> int:
+    return len(state.running)
+
+
+def num_waiting(state: SchedulerState) -> int:
+    return len(state.waiting)
+
+
+def num_free_pages(state: SchedulerState) -> int:
+    """Pages that are free, or cached and not in use."""
+    return state.cache.num_available
+
+
+def has_work(state: SchedulerState) -> bool:
+    """Whether any request is waiting or running. `schedule` may still have nothing to plan until the
+    steps in flight are applied."""
+    return bool(state.running or state.waiting)
+
+
+def make_delta(seq: Seq, token_ids: list[int], finish: FinishReason | None = None) -> TokenDelta:
+    """New tokens of one request (already part of `seq`) with its counts so far."""
+    return TokenDelta(
+        rid=seq.rid,
+        token_ids=token_ids,
+        num_prompt_tokens=seq.num_prompt_tokens,
+        num_cached_tokens=seq.num_cached_tokens or 0,
+        num_output_tokens=len(seq.token_ids) - seq.num_prompt_tokens,
+        num_retractions=seq.epoch,
+        finish=finish,
+    )
+
+
+def check_integrity(state: SchedulerState) -> None:
+    """Check every invariant that spans requests, slots and pages. Raises AssertionError with a sentence.
+
+    Costs O(pages): for tests and for debugging, not for every step.
+    """
+    owners = [0] * state.pool.num_pages
+    for seq in state.running.values():
+        for page_id in seq.page_ids:
+            owners[page_id] += 1
+    for node in state.cache.list_nodes():
+        owners[node.page_id] += 1
+    state.pool.check_integrity(owners)
+    state.cache.check_integrity()
+    for seq_id, seq in state.running.items():
+        assert seq_id == seq.seq_id, f"sequence {seq.seq_id} is filed under {seq_id}"
+        _check_running(state, seq)
+    for seq in state.waiting:
+        where = f"waiting request {seq.rid!r}"
+        assert seq.status is SeqStatus.WAITING, f"{where} is {seq.status}"
+        assert seq.slot == -1, f"{where} holds slot {seq.slot}"
+        assert not seq.page_ids, f"{where} holds pages {seq.page_ids}"
+    keys = [seq.queue_key for seq in state.waiting]
+    assert keys == sorted(keys), f"the waiting queue is out of order: {keys}"
+    slots = sorted([seq.slot for seq in state.running.values()] + state.free_slots)
+    assert slots == list(range(state.max_rows)), (
+        f"slots in use and free ones do not make {state.max_rows}: {slots}"
+    )
+    live = [*state.waiting, *state.running.values()]
+    assert len(live) == len(state.by_rid), f"{len(live)} live requests, but {len(state.by_rid)} ids"
+    for seq in live:
+        assert state.by_rid.get(seq.rid) is seq, f"request id {seq.rid!r} leads to another request"
+
+
+def _check_running(state: SchedulerState, seq: Seq) -> None:
+    where = f"running request {seq.rid!r}"
+    assert seq.status is SeqStatus.RUNNING, f"{where} is {seq.status}"
+    wanted = state.pages_for(seq.num_planned)
+    assert len(seq.page_ids) == wanted, f"{where} holds {len(seq.page_ids)} pages for {wanted}"
+    assert seq.prefill_end <= seq.num_known, f"{where} lost known tokens"
+    assert 0 < seq.num_planned <= seq.num_kv_tokens, (
+        f"{where} has {seq.num_planned} positions planned, but no use for more than {seq.num_kv_tokens}"
+    )
+    if seq.is_prefilling:
+        assert seq.num_in_flight == 0, f"{where} has tokens in flight during its prefill"
+    elif seq.params.max_new_tokens > 0:
+        assert seq.num_planned + 1 == seq.num_known + seq.num_in_flight, (
+            f"{where} has {seq.num_known} tokens known, {seq.num_in_flight} in flight, {seq.num_planned} fed"
+        )
+    path = []
+    node = seq.tail
+    while node.parent is not None:
+        path.append(node.page_id)
+        node = node.parent
+    assert path[::-1] == seq.page_ids[: len(path)], f"{where} holds other pages than its cached path"

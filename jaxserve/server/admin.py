@@ -1,0 +1,117 @@
+"""Routes for operators: health, readiness, metrics, aborting requests, emptying the prefix cache.
+
+Health is what the engine's status and heartbeat say: it answers in milliseconds and never queues
+anything; only /health_generate runs a real token. Knows nothing of reply formats.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+
+from sanic import Blueprint
+from sanic.request import Request
+from sanic.response import HTTPResponse
+
+from jaxserve.errors import InternalError, InvalidRequestError, UnavailableError
+from jaxserve.server.decode import decode_body
+from jaxserve.server.generation import new_rid
+from jaxserve.server.replies import HealthReply, json_response
+from jaxserve.server.schemas import AbortBody
+from jaxserve.server.state import AppState, state_of
+from jaxserve.types import TokenParams
+
+_METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MAX_FLUSH_WAIT_S = 600.0
+
+
+def make_blueprint() -> Blueprint:
+    blueprint = Blueprint("admin")
+    for path in ("/health", "/ready", "/ping"):
+        blueprint.add_route(check_health, path, methods=["GET", "HEAD"], name=path[1:])
+    blueprint.add_route(check_health_by_generating, "/health_generate", methods=["GET"])
+    blueprint.add_route(show_metrics, "/metrics", methods=["GET"])
+    blueprint.add_route(flush_cache, "/flush_cache", methods=["GET", "POST"])
+    blueprint.add_route(abort_request, "/abort_request", methods=["POST"])
+    return blueprint
+
+
+async def check_health(request: Request) -> HTTPResponse:
+    """200 while the engine is ready and has spoken lately; 503 with the reason otherwise."""
+    state = state_of(request)
+    _require_health(state)
+    age_s = round(state.engine.heartbeat_age_s, 3)
+    return json_response(HealthReply(engine=state.engine.status, heartbeat_age_s=age_s))
+
+
+def _require_health(state: AppState) -> None:
+    state.generator.require_ready()
+    age_s, limit_s = state.engine.heartbeat_age_s, state.settings.heartbeat_limit_s
+    if age_s > limit_s:
+        raise UnavailableError(f"The engine has been silent for {age_s:.1f} s; the limit is {limit_s:g} s.")
+
+
+async def check_health_by_generating(request: Request) -> HTTPResponse:
+    """200 once the engine has made one token, within the time limit."""
+    state = state_of(request)
+    _require_health(state)
+    limit_s = state.settings.health_generate_timeout_s
+    try:
+        async with asyncio.timeout(limit_s):
+            await _generate_one_token(state)
+    except TimeoutError:
+        raise UnavailableError(f"The engine made no token within {limit_s:g} s.") from None
+    return json_response(
+        HealthReply(engine=state.engine.status, heartbeat_age_s=round(state.engine.heartbeat_age_s, 3))
+    )
+
+
+async def _generate_one_token(state: AppState) -> None:
+    prompt_ids = state.text.tokenizer.encode("The capital of France is")
+    deltas = state.engine.generate(f"health-{new_rid()}", prompt_ids, TokenParams(max_new_tokens=1))
+    async with aclosing(deltas):
+        async for delta in deltas:
+            if delta.finish is None:
+                continue
+            if delta.finish.kind == "abort":
+                raise UnavailableError(f"The engine aborted a one-token request: {delta.finish.message}")
+            return
+    raise InternalError("The engine ended a one-token request without a result.")
+
+
+async def show_metrics(request: Request) -> HTTPResponse:
+    return HTTPResponse(state_of(request).metrics.render(), content_type=_METRICS_CONTENT_TYPE)
+
+
+async def flush_cache(request: Request) -> HTTPResponse:
+    """Empty the prefix cache; waits up to ?timeout= seconds for running requests to end."""
+    state = state_of(request)
+    state.generator.require_ready()
+    if await state.engine.flush_cache(_read_timeout_s(request)):
+        return HTTPResponse("Cache flushed.\n", content_type="text/plain; charset=utf-8")
+    text = "Cache not flushed: requests are running or waiting.\n"
+    return HTTPResponse(text, status=400, content_type="text/plain; charset=utf-8")
+
+
+def _read_timeout_s(request: Request) -> float:
+    given = request.args.get("timeout") or "0"
+    try:
+        timeout_s = float(given)
+    except ValueError:
+        timeout_s = -1.0
+    if not 0 <= timeout_s <= _MAX_FLUSH_WAIT_S:
+        raise InvalidRequestError(
+            f"timeout must be a number of seconds in [0, {_MAX_FLUSH_WAIT_S:g}], got {given!r}.",
+            param="timeout",
+        )
+    return timeout_s
+
+
+async def abort_request(request: Request) -> HTTPResponse:
+    """End the live requests whose id begins with `rid`, or all; an empty rid alone ends none."""
+    engine = state_of(request).engine
+    body = decode_body(request.body, AbortBody)
+    for rid in list(engine.live_rids()):
+        if body.abort_all or (body.rid and rid.startswith(body.rid)):
+            engine.abort(rid)
+    return HTTPResponse(status=200)

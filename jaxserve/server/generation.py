@@ -1,0 +1,265 @@
+"""From prompts and sampling parameters to a stream of text pieces: what every route shares.
+
+    Job (a prompt as the route understood it)  ->  Sequence (one engine request)  ->  Piece (new text)
+
+Checks limits, lengths and ids, tokenises, and opens one engine request per sequence; whatever happens
+to the caller, every engine request is closed, so that a client that leaves frees its pages. Called by
+the routes; knows nothing of HTTP or of reply shapes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass
+
+from jaxserve.errors import InvalidRequestError, OverloadedError, UnavailableError
+from jaxserve.metrics import ServerMetrics
+from jaxserve.server.engine_port import EnginePort
+from jaxserve.server.pieces import Piece, Sequence, join_pieces, merge_streams, read_sequence
+from jaxserve.server.sampling import for_choice, to_token_params
+from jaxserve.server.settings import ServerSettings, TextTools
+from jaxserve.types import EngineInfo, SamplingParams
+
+_INLINE_CHARS = 4096  # texts up to this are tokenised on the event loop: a millisecond or less
+_MAX_RID_CHARS = 256
+_MAX_PRIORITY = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One prompt, to be continued `sampling.n` times.
+
+    `prompt` is text or token ids. `length_field` names the field with which the client asked for a
+    length; None when the length is a default, which is then cut to what the context allows.
+    """
+
+    rid: str
+    prompt: str | list[int]
+    prompt_field: str
+    sampling: SamplingParams
+    length_field: str | None = None
+    has_special_tokens: bool = False  # a rendered chat template brings its own
+    priority: int = 0
+    cache_salt: str = ""
+    stream_interval: int | None = None
+
+
+def new_rid() -> str:
+    return uuid.uuid4().hex
+
+
+def read_rid(rid: str | None) -> str:
+    """A client's request id, or a new one; InvalidRequestError when it is unreasonably long."""
+    if rid and len(rid) > _MAX_RID_CHARS:
+        raise InvalidRequestError(
+            f"rid must have at most {_MAX_RID_CHARS} characters, got {len(rid)}.", param="rid"
+        )
+    return rid or new_rid()
+
+
+class Run:
+    """The open requests of one HTTP call: `async for pieces in run`, or `collect`.
+
+    `sequences` are prompt-major: p0s0, p0s1, p1s0, ... Each step of the iteration gives a list of
+    pieces, at most one a sequence, of whichever sequences have something new.
+    """
+
+    def __init__(
+        self, sequences: list[Sequence], pieces: AsyncGenerator[list[Piece], None], started_s: float
+    ):
+        self.sequences = sequences
+        self.num_output_tokens = 0  # of all sequences, so far
+        self._pieces = pieces
+        self._started_s = started_s
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(sequence.prompt_ids) for sequence in self.sequences)
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._started_s
+
+    def __aiter__(self) -> Run:
+        return self
+
+    async def __anext__(self) -> list[Piece]:
+        pieces = await anext(self._pieces)
+        for piece in pieces:
+            self.num_output_tokens += len(piece.token_ids)
+        return pieces
+
+    async def collect(self) -> list[Piece]:
+        """One piece a sequence, in order, each with the whole text."""
+        parts: list[list[Piece]] = [[] for _ in self.sequences]
+        async for pieces in self:
+            for piece in pieces:
+                parts[piece.index].append(piece)
+        return [join_pieces(part) for part in parts]
+
+
+class Generator:
+    """Opens runs; one per app. Holds the count and the ids of what is open, nothing else."""
+
+    def __init__(self, engine: EnginePort, text: TextTools, settings: ServerSettings, metrics: ServerMetrics):
+        self._engine = engine
+        self._tokenizer = text.tokenizer
+        self._settings = settings
+        self._metrics = metrics
+        seed = settings.random_seed
+        self._random = random.SystemRandom() if seed is None else random.Random(seed)
+        self._num_open = 0
+        self._open_rids: set[str] = set()
+
+    def require_ready(self) -> EngineInfo:
+        """The engine's facts; UnavailableError while it starts, drains or is dead."""
+        info = self._engine.info
+        if self._engine.status != "ready" or info is None:
+            reason = self._engine.status_message or "It can't take requests now."
+            raise UnavailableError(f"The engine is {self._engine.status}. {reason}")
+        return info
+
+    @asynccontextmanager
+    async def open(self, jobs: list[Job]) -> AsyncIterator[Run]:
+        """Start generating; leaving the context ends whatever still runs.
+
+        Raises InvalidRequestError for impossible lengths, ids and duplicate rids, OverloadedError at
+        the concurrency limit, UnavailableError when the engine is not ready.
+        """
+        started_s = time.perf_counter()
+        info = self.require_ready()
+        _check_jobs(jobs, info, self._settings.max_sequences)
+        rids = [rid for job in jobs for rid in _name_choices(job)]
+        with self._admit(rids):
+            prompts = await self._tokenise(jobs)
+            sequences = self._plan(jobs, prompts, info)
+            streams = [
+                read_sequence(self._engine, self._tokenizer, sequence, self._metrics, started_s)
+                for sequence in sequences
+            ]
+            merged = merge_streams(streams)
+            async with aclosing(merged):
+                yield Run(sequences, merged, started_s)
+
+    @contextmanager
+    def _admit(self, rids: list[str]) -> Iterator[None]:
+        limit = self._settings.max_concurrent_requests
+        if limit is not None and self._num_open >= limit:
+            raise OverloadedError(
+                f"{limit} requests are open, the most this server takes; try again shortly."
+            )
+        names = set(rids)
+        taken = next((rid for rid in names if rid in self._open_rids), None)
+        taken = taken or next((rid for rid in self._engine.live_rids() if rid in names), None)
+        if taken is not None or len(names) < len(rids):
+            raise InvalidRequestError(
+                f"Duplicate request ID: {taken or 'the rid list repeats one'}; each must be unique.",
+                param="rid",
+            )
+        self._num_open += 1
+        self._open_rids |= names
+        try:
+            yield
+        finally:
+            self._num_open -= 1
+            self._open_rids -= names
+
+    async def _tokenise(self, jobs: list[Job]) -> list[list[int]]:
+        """Token ids of each job's prompt; long texts are encoded on a thread."""
+        texts = [job.prompt for job in jobs if isinstance(job.prompt, str)]
+        if not texts:
+            return [job.prompt for job in jobs if isinstance(job.prompt, list)]
+        is_special_added = not jobs[0].has_special_tokens
+        if sum(map(len, texts)) <= _INLINE_CHARS:
+            encoded = self._tokenizer.encode_batch(texts, is_special_added)
+        else:
+            loop = asyncio.get_running_loop()
+            encoded = await loop.run_in_executor(None, self._tokenizer.encode_batch, texts, is_special_added)
+        remaining = iter(encoded)
+        return [next(remaining) if isinstance(job.prompt, str) else job.prompt for job in jobs]
+
+    def _plan(self, jobs: list[Job], prompts: list[list[int]], info: EngineInfo) -> list[Sequence]:
+        eos_ids = tuple(self._tokenizer.eos_ids)
+        sequences: list[Sequence] = []
+        for job, prompt_ids in zip(jobs, prompts, strict=True):
+            max_new_tokens = _fit_length(job, prompt_ids, info)
+            for choice, rid in enumerate(_name_choices(job)):
+                sampling = for_choice(job.sampling, choice)
+                params = to_token_params(
+                    sampling, max_new_tokens=max_new_tokens, eos_ids=eos_ids, draw=self._random
+                )
+                sequences.append(
+                    Sequence(
+                        index=len(sequences),
+                        rid=rid,
+                        prompt_ids=prompt_ids,
+                        params=params,
+                        sampling=sampling,
+                        priority=job.priority,
+                        cache_salt=job.cache_salt,
+                        stream_interval=job.stream_interval or self._settings.stream_interval,
+                    )
+                )
+        return sequences
+
+
+def _name_choices(job: Job) -> list[str]:
+    return [job.rid] if job.sampling.n == 1 else [f"{job.rid}_{choice}" for choice in range(job.sampling.n)]
+
+
+def _check_jobs(jobs: list[Job], info: EngineInfo, max_sequences: int) -> None:
+    """What can be checked before tokenising."""
+    checked: SamplingParams | None = None
+    for job in jobs:
+        if job.sampling is not checked:
+            job.sampling.validate(info.vocab_size)
+            checked = job.sampling
+        if abs(job.priority) > _MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority must be between -{_MAX_PRIORITY} and {_MAX_PRIORITY}, got {job.priority}.",
+                param="priority",
+            )
+        if job.stream_interval is not None and job.stream_interval < 1:
+            raise InvalidRequestError(
+                f"stream_interval must be at least 1, got {job.stream_interval}.", param="stream_interval"
+            )
+    num_sequences = sum(job.sampling.n for job in jobs)
+    if num_sequences > max_sequences:
+        raise InvalidRequestError(
+            f"One request may ask for at most {max_sequences} sequences (prompts x n), got {num_sequences}.",
+            param="n",
+        )
+
+
+def _fit_length(job: Job, prompt_ids: list[int], info: EngineInfo) -> int:
+    """max_new_tokens as the context allows it; InvalidRequestError if the prompt or the wish is too long."""
+    num_prompt, context = len(prompt_ids), info.context_length
+    if num_prompt == 0:
+        raise InvalidRequestError(f"{job.prompt_field} cannot be empty.", param=job.prompt_field)
+    if num_prompt >= context:
+        raise InvalidRequestError(
+            f"The input ({num_prompt} tokens) is longer than the model's context length ({context} tokens).",
+            param=job.prompt_field,
+        )
+    if not isinstance(job.prompt, str) and not 0 <= min(prompt_ids) <= max(prompt_ids) < info.vocab_size:
+        wrong = next(token_id for token_id in prompt_ids if not 0 <= token_id < info.vocab_size)
+        raise InvalidRequestError(
+            f"{job.prompt_field} holds {wrong}, which is not a token id in [0, {info.vocab_size}).",
+            param=job.prompt_field,
+        )
+    room, asked = context - num_prompt, job.sampling.max_new_tokens
+    if asked is None:
+        return room
+    if asked > room and job.length_field is not None:
+        raise InvalidRequestError(
+            f"Requested token count exceeds the model's maximum context length of {context} tokens: "
+            f"{num_prompt} in the prompt and {asked} for the reply make {num_prompt + asked}. "
+            f"{job.length_field} is too large; the most that fits here is {room}.",
+            param=job.length_field,
+        )
+    return min(asked, room)

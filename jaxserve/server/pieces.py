@@ -1,0 +1,194 @@
+"""One engine request as text pieces, and many of them as one stream.
+
+`read_sequence` joins the engine's token deltas with the text room's TextStream; `merge_streams` runs
+several at once for batches and n > 1. Used by generation.py alone. Knows nothing of HTTP, prompts or
+limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import msgspec
+
+from jaxserve.errors import ERROR_BY_STATUS, InternalError, JaxserveError
+from jaxserve.metrics import ServerMetrics
+from jaxserve.server.engine_port import EnginePort
+from jaxserve.text.output import TextStream
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import FinishReason, SamplingParams, TokenDelta, TokenParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequence:
+    """One request to the engine: the i-th choice of one prompt. `index` is its place in the reply."""
+
+    index: int
+    rid: str
+    prompt_ids: list[int]
+    params: TokenParams
+    sampling: SamplingParams
+    priority: int
+    cache_salt: str
+    stream_interval: int
+
+
+class Piece(msgspec.Struct, frozen=True, gc=False):
+    """New text and token ids of one sequence; the counts are totals so far."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish: FinishReason | None
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_output_tokens: int
+    num_retractions: int
+
+
+def join_pieces(pieces: list[Piece]) -> Piece:
+    """Successive pieces of one sequence as one piece."""
+    last = pieces[-1]
+    if len(pieces) == 1:
+        return last
+    return msgspec.structs.replace(
+        last,
+        text="".join([piece.text for piece in pieces]),
+        token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
+    )
+
+
+async def read_sequence(
+    engine: EnginePort, tokenizer: Tokenizer, sequence: Sequence, metrics: ServerMetrics, started_s: float
+) -> AsyncGenerator[Piece, None]:
+    """Submit one sequence and yield its text; the last piece has `finish`.
+
+    `started_s` is when the request came in (time.perf_counter), from which latencies are measured.
+
+    A stop string ends the sequence here, and closing the engine's stream aborts it there. Raises the
+    error behind a finish of kind "abort", and whatever `EnginePort.generate` raises.
+    """
+    text_stream = TextStream(tokenizer, sequence.sampling)
+    timer = _Timer(metrics, started_s)
+    num_output_tokens = 0
+    held: list[Piece] = []
+    deltas = engine.generate(
+        sequence.rid,
+        sequence.prompt_ids,
+        sequence.params,
+        priority=sequence.priority,
+        cache_salt=sequence.cache_salt,
+    )
+    async with aclosing(deltas):
+        async for delta in deltas:
+            _raise_failure(delta.finish)
+            output = text_stream.push(delta.token_ids, delta.finish)
+            num_output_tokens += len(output.token_ids)
+            piece = Piece(
+                sequence.index,
+                output.text,
+                output.token_ids,
+                output.finish,
+                delta.num_prompt_tokens,
+                delta.num_cached_tokens,
+                num_output_tokens,
+                delta.num_retractions,
+            )
+            timer.note(delta, piece)
+            held.append(piece)
+            if _is_due(held, num_output_tokens, sequence.stream_interval):
+                yield join_pieces(held)
+                held = []
+            if piece.finish is not None:
+                return
+    raise InternalError(f"The engine ended request {sequence.rid} without giving a reason.")
+
+
+def _is_due(held: list[Piece], num_output_tokens: int, stream_interval: int) -> bool:
+    """The first token goes out at once, the last too, those between in groups of stream_interval."""
+    if held[-1].finish is not None or stream_interval <= 1:
+        return True
+    num_held = sum(len(piece.token_ids) for piece in held)
+    return num_held >= stream_interval or num_held == num_output_tokens
+
+
+def _raise_failure(finish: FinishReason | None) -> None:
+    """An abort that the user did not ask for is an error with a status of its own."""
+    if finish is not None and finish.kind == "abort" and finish.http_status:
+        error_type: type[JaxserveError] = ERROR_BY_STATUS.get(finish.http_status, InternalError)
+        raise error_type(finish.message)
+
+
+class _Timer:
+    """Turns the arrival times of one sequence's deltas into histogram samples."""
+
+    __slots__ = ("_first_s", "_last_s", "_metrics", "_num_tokens", "_started_s")
+
+    def __init__(self, metrics: ServerMetrics, started_s: float):
+        self._metrics = metrics
+        self._started_s = started_s
+        self._first_s = 0.0
+        self._last_s = 0.0
+        self._num_tokens = 0
+
+    def note(self, delta: TokenDelta, piece: Piece) -> None:
+        now_s = time.perf_counter()
+        num_new = len(delta.token_ids)
+        if num_new:
+            if self._num_tokens == 0:
+                self._first_s = now_s
+                self._metrics.observe_first_token(now_s - self._started_s)
+            else:
+                self._metrics.observe_next_tokens(now_s - self._last_s, num_new)
+            self._last_s = now_s
+            self._num_tokens += num_new
+        if piece.finish is not None:
+            decode_s = self._last_s - self._first_s
+            self._metrics.observe_finish(
+                now_s - self._started_s, decode_s, piece.num_prompt_tokens, piece.num_output_tokens
+            )
+
+
+async def merge_streams(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[list[Piece], None]:
+    """Run the streams side by side; yield whatever has arrived, joined per sequence.
+
+    A reader that falls behind gets fewer, larger pieces. The first failure ends all of them, and so
+    does closing this generator.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as pieces:
+            async for piece in pieces:
+                yield [piece]
+        return
+    arrived: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(stream, arrived)) for stream in streams]
+    for task in tasks:
+        task.add_done_callback(arrived.put_nowait)
+    num_running = len(tasks)
+    try:
+        while num_running:
+            items = [await arrived.get()]
+            while not arrived.empty():
+                items.append(arrived.get_nowait())
+            by_index: dict[int, list[Piece]] = {}
+            for item in items:
+                if isinstance(item, Piece):
+                    by_index.setdefault(item.index, []).append(item)
+                else:
+                    item.result()  # raises what ended the stream, if something did
+                    num_running -= 1
+            if by_index:
+                yield [join_pieces(pieces) for pieces in by_index.values()]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(stream: AsyncIterator[Piece], arrived: asyncio.Queue) -> None:
+    async for piece in stream:
+        arrived.put_nowait(piece)

@@ -1,0 +1,186 @@
+"""What the routes send: response bodies as msgspec structs, in the key order clients print.
+
+Shapes are those of SGLang's quickstart and source (0.5.x, a superset of its versions) and of the
+OpenAI API. A field of type Unset is left out of the JSON when it is not set; None is sent as null.
+Knows nothing of how the values come about.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from sanic.response import HTTPResponse
+
+ENCODER = msgspec.json.Encoder()
+
+
+def json_response(body: Any) -> HTTPResponse:
+    """A 200 with a struct, or anything else that msgspec encodes."""
+    return HTTPResponse(ENCODER.encode(body), content_type="application/json")
+
+
+class ErrorDetail(msgspec.Struct, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    code: int | str
+
+
+class ErrorBody(msgspec.Struct, kw_only=True):
+    object: Literal["error"] = "error"
+    message: str
+    type: str
+    param: str | None
+    code: int
+    status: str
+    error: ErrorDetail
+
+
+class MetaInfo(msgspec.Struct, kw_only=True):
+    """Counts and times of one /generate output; both spellings of the retraction count are sent."""
+
+    id: str
+    finish_reason: dict[str, Any] | None
+    prompt_tokens: int
+    weight_version: str
+    total_retractions: int
+    num_retractions: int
+    reasoning_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    cached_tokens_details: dict[str, int]
+    dp_rank: int | None
+    e2e_latency: float  # seconds
+    response_sent_to_client_ts: float  # unix time
+
+
+class GenerateReply(msgspec.Struct, kw_only=True):
+    text: str
+    output_ids: list[int]
+    meta_info: MetaInfo
+    index: int | UnsetType = UNSET  # streamed batches only
+    prompt_token_ids: list[int] | UnsetType = UNSET
+
+
+class PromptTokensDetails(msgspec.Struct, kw_only=True):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct, kw_only=True):
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    reasoning_tokens: int = 0
+
+
+class Metadata(msgspec.Struct, kw_only=True):
+    weight_version: str
+
+
+class ChatMessage(msgspec.Struct, kw_only=True):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    reasoning_content: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+
+
+class ChatChoice(msgspec.Struct, kw_only=True):
+    index: int
+    message: ChatMessage
+    logprobs: None = None
+    finish_reason: str
+    matched_stop: int | str | None = None
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    metadata: Metadata
+
+
+class ChatDelta(msgspec.Struct, kw_only=True):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    reasoning_content: str | None = None  # always present: clients read the attribute unguarded
+
+
+class ChatChunkChoice(msgspec.Struct, kw_only=True):
+    index: int
+    delta: ChatDelta
+    logprobs: None = None
+    finish_reason: str | None = None
+    matched_stop: int | str | None = None
+
+
+class ChatChunk(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType = UNSET
+
+
+class CompletionChoice(msgspec.Struct, kw_only=True):
+    index: int
+    text: str
+    logprobs: None = None
+    finish_reason: str | None = None
+    matched_stop: int | str | None = None
+
+
+class Completion(msgspec.Struct, kw_only=True):
+    """A /v1/completions reply; a streamed chunk is the same object with the last two left out."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType = UNSET
+    metadata: Metadata | UnsetType = UNSET
+
+
+class ModelCard(msgspec.Struct, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "jaxserve"
+    root: str
+    parent: str | None = None
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ModelInfo(msgspec.Struct, kw_only=True):
+    model_path: str
+    served_model_name: str
+    tokenizer_path: str
+    is_generation: bool = True
+    preferred_sampling_params: dict[str, Any] | None = None
+    weight_version: str
+    load_format: str
+    reasoning_parser: str | None = None
+    tool_call_parser: str | None = None
+    disaggregation_mode: str = "null"
+    has_image_understanding: bool = False
+    has_audio_understanding: bool = False
+    model_type: str
+    architectures: list[str]
+
+
+class HealthReply(msgspec.Struct, kw_only=True):
+    status: Literal["healthy"] = "healthy"
+    engine: str
+    heartbeat_age_s: float

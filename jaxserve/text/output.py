@@ -1,0 +1,140 @@
+"""From the engine's token ids to the text of one reply: detokenising, stop strings, trimming.
+
+One TextStream per sequence, fed with the engine's deltas by the HTTP side and by the library. However the
+ids are cut into deltas, the text, the ids and the reason to finish come out the same. Knows nothing of
+queues, HTTP or JSON.
+
+    engine ids ->  token by token -> Detokenizer -> stop automaton -> |emitted text ... |held back|
+                                                                       held back: could begin a stop string
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxserve.text.detokenizer import Detokenizer
+from jaxserve.text.stop_strings import START, StopStrings
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import FinishReason, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What one push adds. `finish` is set once, on the delta that ends the reply."""
+
+    text: str
+    token_ids: list[int]
+    finish: FinishReason | None
+
+
+class TextStream:
+    """The text of one sequence as it grows.
+
+    A stop string counts at the character that completes it. If several are complete at the same character
+    the longest (which began first) is the one reported. It is taken off the text with all that follows,
+    or, under `no_stop_trim`, kept with nothing after it. Like a stop token it cannot end the reply before
+    `min_new_tokens` tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+        self._keeps_stop = params.no_stop_trim
+        self._min_new_tokens = params.min_new_tokens
+        self._detokenizer = Detokenizer(
+            tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens
+        )
+        self._stops = StopStrings(params.stop)
+        self._state = START
+        self._held = ""  # decoded, but could be the beginning of a stop string
+        # A skipped special token leaves no characters to search, so a stop string that spells one is
+        # looked for among the ids.
+        self._stop_tokens: dict[int, str] = {}
+        if params.skip_special_tokens:
+            for stop in params.stop:
+                token_id = tokenizer.special_id_of(stop)
+                if token_id is not None:
+                    self._stop_tokens[token_id] = stop
+        self._parts: list[str] = []
+        self.token_ids: list[int] = []
+        self.finish: FinishReason | None = None
+
+    @property
+    def text(self) -> str:
+        """All text given out so far."""
+        if len(self._parts) > 1:
+            self._parts = ["".join(self._parts)]
+        return self._parts[0] if self._parts else ""
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids taken so far, up to and including the one that ended the reply."""
+        return len(self.token_ids)
+
+    def push(self, delta_token_ids: list[int], finish: FinishReason | None) -> TextDelta:
+        """Take the next ids of the reply.
+
+        `finish` is the engine's reason, if it ended the sequence with the last of these ids. A stop string
+        completed by any of them comes before it. After the end nothing more comes out.
+        """
+        if self.finish is not None:
+            return TextDelta("", [], None)
+        num_before = len(self.token_ids)
+        shown_ids = self._without_stop_token(delta_token_ids, finish)
+        text = self._take(shown_ids)
+        if self.finish is None:
+            self.token_ids += delta_token_ids[len(shown_ids) :]
+            if finish is not None:
+                text += self._end(finish)
+        if text:
+            self._parts.append(text)
+        return TextDelta(text, self.token_ids[num_before:], self.finish)
+
+    def _without_stop_token(self, ids: list[int], finish: FinishReason | None) -> list[int]:
+        """The ids that have a text: all but the stop token that ended the sequence."""
+        if finish is None or finish.kind != "stop" or self._keeps_stop:
+            return ids
+        return ids[:-1] if ids and ids[-1] == finish.matched else ids
+
+    def _take(self, ids: list[int]) -> str:
+        """Decode `ids`, up to the token that completes a stop string; the text that is safe to give out."""
+        if self._stops.is_empty:
+            self.token_ids += ids
+            return self._detokenizer.push(ids)
+        text = ""
+        for token_id in ids:
+            self.token_ids.append(token_id)
+            stop = self._stop_tokens.get(token_id)
+            if stop is not None and self._may_stop():
+                reason = FinishReason(kind="stop", matched=stop)
+                text += self._end(reason)
+                return text + stop if self._keeps_stop and self.finish is reason else text
+            text += self._search(self._detokenizer.push([token_id]))
+            if self.finish is not None:
+                return text
+        return text
+
+    def _search(self, new_text: str) -> str:
+        """Run new characters through the automaton; return what can no longer be part of a stop string."""
+        buffer = self._held + new_text
+        for end, char in enumerate(new_text, start=len(self._held) + 1):
+            self._state = self._stops.advance(self._state, char)
+            stop = self._stops.found[self._state]
+            if stop is not None and self._may_stop():
+                self.finish = FinishReason(kind="stop", matched=stop)
+                self._held = ""
+                return buffer[:end] if self._keeps_stop else buffer[: end - len(stop)]
+        num_safe = len(buffer) - self._stops.depth[self._state]
+        self._held = buffer[num_safe:]
+        return buffer[:num_safe]
+
+    def _end(self, finish: FinishReason) -> str:
+        """The sequence is over: what was held back is text after all, unless its last half character
+        completes a stop string (one that contains U+FFFD)."""
+        text = self._search(self._detokenizer.flush())
+        if self.finish is None:
+            self.finish = finish
+            text += self._held
+            self._held = ""
+        return text
+
+    def _may_stop(self) -> bool:
+        return len(self.token_ids) >= self._min_new_tokens

@@ -1,0 +1,215 @@
+"""The tokenizer of one model: text to token ids, and each token id to the bytes it stands for.
+
+Used by the HTTP side and the library; the engine sees only ids. `load_tokenizer` is the front door: a
+Hugging Face directory, a .gguf file, or "bytes" for models without one. Wraps the `tokenizers` library;
+transformers is never imported on this path. Knows nothing of requests, templates or stop strings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from jaxserve.errors import ConfigError, InvalidRequestError
+from jaxserve.text.token_spelling import CHAR_OF_BYTE, read_spelling
+
+BYTES_PATH = "bytes"  # the tokenizer path that asks for `byte_tokenizer`
+BYTES_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class Tokenizer:
+    """Text to ids and back. Constant once built, so that threads may share it.
+
+    Attributes:
+        bos_id: the token that begins a sequence, if the model has one.
+        eos_ids: every id that ends generation; the tokenizer's own end-of-sequence token comes first.
+        special_ids: the ids left out of the text when `skip_special_tokens` is asked for.
+        vocab_size: one more than the highest id with a meaning.
+        add_bos: whether `encode` begins with `bos_id`.
+        chat_template: the model's Jinja template, if it came with one.
+        strips_first_space: whether encoding puts a space before a text, which decoding a whole text removes.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_id: int | None,
+        eos_ids: Iterable[int],
+        prefix_ids: Iterable[int] = (),
+        suffix_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+        vocab_size: int | None = None,
+    ):
+        self._backend = backend
+        self._spelling = read_spelling(backend.decoder)
+        added_tokens = backend.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added_tokens.items()}
+        self._bytes: dict[int, bytes] = {}  # filled as tokens are met; a pure function of the id
+        self._prefix_ids = list(prefix_ids)
+        self._suffix_ids = list(suffix_ids)
+        self.bos_id = bos_id
+        self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self.special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
+        self.add_bos = bos_id is not None and bos_id in self._prefix_ids
+        self.chat_template = chat_template
+        self.vocab_size = vocab_size or max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.strips_first_space = self._spelling.strips_first_space
+
+    @property
+    def bos_token(self) -> str:
+        """The text of `bos_id`, or "" without one: what chat templates call bos_token."""
+        return "" if self.bos_id is None else self.token_text(self.bos_id)
+
+    @property
+    def eos_token(self) -> str:
+        return self.token_text(self.eos_ids[0]) if self.eos_ids else ""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Special tokens spelled out in the text become their ids.
+
+        `add_special_tokens` adds what the model puts around a prompt (usually the beginning-of-sequence
+        token). A rendered chat template already holds it: encode that with False.
+        Raises InvalidRequestError if the text is not valid Unicode.
+        """
+        _require_unicode(text)
+        ids = self._backend.encode(text, add_special_tokens=False).ids
+        return self._surround(ids) if add_special_tokens else ids
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` of each text, on several cores."""
+        for text in texts:
+            _require_unicode(text)
+        # The "fast" form leaves out character offsets, which nobody here reads.
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [
+            self._surround(encoding.ids) if add_special_tokens else encoding.ids for encoding in encodings
+        ]
+
+    def decode(
+        self, ids: Iterable[int], skip_special_tokens: bool = True, *, at_text_start: bool = False
+    ) -> str:
+        """Text of `ids`: their bytes put together, with U+FFFD for what is not UTF-8.
+
+        The same text as Detokenizer gives for the same ids, however they are cut up. `at_text_start` says
+        that the ids begin a text rather than continue one, so that the space which encoding put before
+        the text (SentencePiece vocabularies only) is taken off again.
+        """
+        skipped = self.special_ids if skip_special_tokens else frozenset()
+        text = b"".join([self.token_bytes(token_id) for token_id in ids if token_id not in skipped])
+        if at_text_start and self.strips_first_space:
+            text = text.removeprefix(b" ")
+        return text.decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The raw bytes of one token; empty for an id without a meaning (a model's vocabulary is often
+        padded beyond the tokenizer's)."""
+        known = self._bytes.get(token_id)
+        if known is None:
+            known = self._bytes[token_id] = self._spell(token_id)
+        return known
+
+    def token_text(self, token_id: int) -> str:
+        """One token for display; half a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def special_id_of(self, text: str) -> int | None:
+        """The id of the special token spelled exactly `text`, if there is one."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self.special_ids else None
+
+    def _surround(self, ids: list[int]) -> list[int]:
+        return [*self._prefix_ids, *ids, *self._suffix_ids]
+
+    def _spell(self, token_id: int) -> bytes:
+        content = self._added.get(token_id)
+        if content is not None:
+            return self._spelling.spell_added_token(content)
+        entry = self._backend.id_to_token(token_id) if token_id >= 0 else None
+        return b"" if entry is None else self._spelling.spell_token(entry)
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"The text is not valid Unicode: character {error.start} is a lone surrogate "
+            f"(U+{ord(text[error.start]):04X})."
+        ) from None
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    generation_config: Mapping[str, object] | None = None,
+    vocab_size: int | None = None,
+) -> Tokenizer:
+    """The tokenizer at `path`: a Hugging Face directory, a .gguf file (or a directory with just one),
+    or "bytes".
+
+    `generation_config` replaces the directory's own generation_config.json; its eos_token_id (an id or a
+    list) joins `eos_ids`. `vocab_size` matters to "bytes" only. Raises ConfigError if there is no
+    tokenizer at `path`, WeightError if there is one that cannot be read.
+    """
+    if str(path) == BYTES_PATH:
+        return byte_tokenizer(vocab_size or _NUM_BYTE_TOKENS)
+    # Imported here because both build the class above.
+    from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
+    from jaxserve.text.hf_tokenizer import tokenizer_from_directory
+
+    path = Path(path).expanduser()
+    if path.is_dir():
+        gguf_files = list(path.glob("*.gguf"))
+        if len(gguf_files) != 1 or (path / "tokenizer.json").is_file():
+            return tokenizer_from_directory(path, generation_config=generation_config)
+        path = gguf_files[0]
+    if not path.is_file():
+        raise ConfigError(f"tokenizer-path {str(path)!r} does not exist.", param="tokenizer-path")
+    if path.suffix != ".gguf":
+        raise ConfigError(
+            f"tokenizer-path must be a directory with a tokenizer.json, a .gguf file or 'bytes', "
+            f"got the file {str(path)!r}.",
+            param="tokenizer-path",
+        )
+    # The one import of the weights room: its metadata reader is plain Python, and the tokenizer of a GGUF
+    # file is inside it. Only when such a file is loaded.
+    from jaxserve.weights.gguf import read_gguf_metadata
+
+    return tokenizer_from_gguf(read_gguf_metadata(str(path)), generation_config=generation_config)
+
+
+_BYTE_SPECIALS = ("<|eos|>", "<|bos|>", "<|pad|>")
+_NUM_BYTE_TOKENS = 256 + len(_BYTE_SPECIALS)
+
+
+def byte_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer without training: ids 0..255 are the bytes, then come eos, bos and pad.
+
+    For models with random weights. Ids above those exist so that whatever such a model samples has a
+    text, "<|300|>"; encoding never produces them. Raises ConfigError if `vocab_size` is below 259.
+    """
+    if vocab_size < _NUM_BYTE_TOKENS:
+        raise ConfigError(
+            f"The 'bytes' tokenizer needs a vocabulary of at least {_NUM_BYTE_TOKENS} tokens "
+            f"(256 bytes, eos, bos and pad), got {vocab_size}.",
+            param="tokenizer-path",
+        )
+    vocab = {char: byte for byte, char in CHAR_OF_BYTE.items()}
+    vocab |= {content: 256 + order for order, content in enumerate(_BYTE_SPECIALS)}
+    vocab |= {f"<|{token_id}|>": token_id for token_id in range(_NUM_BYTE_TOKENS, vocab_size)}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [AddedToken(content, special=True, normalized=False) for content in _BYTE_SPECIALS]
+    )
+    return Tokenizer(
+        backend, bos_id=257, eos_ids=[256], chat_template=BYTES_CHAT_TEMPLATE, vocab_size=vocab_size
+    )

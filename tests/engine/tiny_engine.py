@@ -1,0 +1,77 @@
+"""A real engine on a tiny model, in this process: its loop on a thread, its client on the test's loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxserve.build import build_engine
+from jaxserve.config import ServerConfig
+from jaxserve.engine.client import EngineClient
+from jaxserve.engine.loop import EngineLoop
+from jaxserve.engine.messages import Ready, Shutdown
+from jaxserve.engine.transport import ThreadLink
+from jaxserve.runner.runner import ModelRunner
+from jaxserve.types import TokenDelta, TokenParams
+from jaxserve.weights.resolve import resolve_model
+from tests.tiny import write_tiny_checkpoint
+
+
+class TinyEngine:
+    """What a test may touch: the client, and the engine's insides for a look."""
+
+    def __init__(self, client: EngineClient, loop: EngineLoop, runner: ModelRunner):
+        self.client = client
+        self.loop = loop
+        self.runner = runner
+
+    async def generate(self, rid: str, prompt_ids: list[int], **params: Any) -> list[TokenDelta]:
+        """All deltas of one request; greedy unless said otherwise."""
+        token_params = TokenParams(**{"max_new_tokens": 8, **params})
+        return [delta async for delta in self.client.generate(rid, prompt_ids, token_params)]
+
+    async def wait_until_warm(self) -> None:
+        while not self.client.stats.is_warm:
+            await asyncio.sleep(0.05)
+
+    async def wait_until_idle(self) -> None:
+        while self.client.stats.num_running or self.client.stats.num_queued or self.client.live_rids():
+            await asyncio.sleep(0.01)
+
+
+def token_ids(deltas: list[TokenDelta]) -> list[int]:
+    return [token_id for delta in deltas for token_id in delta.token_ids]
+
+
+@asynccontextmanager
+async def start_engine(folder: Path, name: str = "qwen2", **flags: Any) -> AsyncIterator[TinyEngine]:
+    """Serve tiny model `name` from a checkpoint written to `folder`."""
+    if not (folder / "config.json").exists():
+        write_tiny_checkpoint(folder, name)
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "page_size": 8,
+        "max_running_requests": 8,
+        "max_total_tokens": 1024,
+        "chunked_prefill_size": 64,
+        "compilation_cache_dir": str(folder / "programs"),
+    }
+    config = ServerConfig(model_path=str(folder), **{**settings, **flags})
+    client = EngineClient()
+    link = ThreadLink(asyncio.get_running_loop(), client.handle)
+    files = resolve_model(str(folder), on_progress=lambda *_: None)
+    loop, runner, info = build_engine(config, files, link, lambda *_: None)
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    client.connect(link.put)
+    client.handle(Ready(info))
+    try:
+        yield TinyEngine(client, loop, runner)
+    finally:
+        link.put(Shutdown())
+        await asyncio.to_thread(thread.join, 60)
+        runner.close()

@@ -1,0 +1,94 @@
+"""Paged attention, every form of it, against float64 attention over the gathered sequence."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from jaxserve.kernels_pallas.dispatch import XLA_KERNELS, choose_kernels
+from tests.kernels.cases import DECODE_LENGTHS, HEADS, PREFILL_RUNS, Heads, attend_exactly, make_pool
+
+FORMS = [pytest.param(XLA_KERNELS, id="ref")]
+TOLERANCE = 2e-6
+
+
+@pytest.mark.parametrize("kernels", FORMS)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("page_size", [4, 16, 128])
+def test_decode(kernels, heads, page_size):
+    decode = jax.jit(kernels.paged_decode, static_argnames="scale")
+    for lengths in DECODE_LENGTHS:
+        pool = make_pool(heads, lengths, page_size)
+        q_RNH = np.random.default_rng(1).standard_normal(
+            (len(lengths), heads.num_heads, heads.head_dim), np.float32
+        )
+        scale = heads.head_dim**-0.5
+        out_RNH = decode(
+            q_RNH,
+            pool.k_PSKH,
+            pool.v_PSKH,
+            pool.table_XW,
+            np.asarray(pool.slots, np.int32),
+            np.asarray(lengths, np.int32),
+            scale=scale,
+        )
+        for row, length in enumerate(lengths):
+            want = attend_exactly(q_RNH[row], *pool.read(row, length), scale) if length else 0.0
+            np.testing.assert_allclose(out_RNH[row], want, atol=TOLERANCE, err_msg=f"{lengths}, row {row}")
+
+
+@pytest.mark.parametrize("kernels", FORMS)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("page_size", [4, 128])
+def test_prefill(kernels, heads, page_size):
+    prefill = jax.jit(kernels.paged_prefill, static_argnames="scale")
+    for runs in PREFILL_RUNS:
+        pool = make_pool(heads, [kv_len for _, kv_len in runs], page_size)
+        lens = np.asarray([length for length, _ in runs], np.int32)
+        firsts = np.cumsum(lens) - lens
+        padded = int(lens.sum()) + 5  # tokens of no run yield zeros
+        q_TNH = np.random.default_rng(1).standard_normal(
+            (padded, heads.num_heads, heads.head_dim), np.float32
+        )
+        scale = heads.head_dim**-0.5
+        out_TNH = np.asarray(
+            prefill(
+                q_TNH,
+                pool.k_PSKH,
+                pool.v_PSKH,
+                pool.table_XW,
+                np.asarray(pool.slots, np.int32),
+                firsts.astype(np.int32),
+                lens,
+                np.asarray([kv_len for _, kv_len in runs], np.int32),
+                scale=scale,
+            )
+        )
+        for run, (length, kv_len) in enumerate(runs):
+            k_AKH, v_AKH = pool.read(run, kv_len)
+            for i in range(0, length, 7):
+                seen = kv_len - length + i + 1
+                token = firsts[run] + i
+                want = attend_exactly(q_TNH[token], k_AKH[:seen], v_AKH[:seen], scale)
+                np.testing.assert_allclose(out_TNH[token], want, atol=TOLERANCE, err_msg=f"{runs}, {run}")
+        assert not out_TNH[lens.sum() :].any()
+
+
+@pytest.mark.parametrize("kernels", FORMS)
+def test_kv_write_touches_only_the_places_it_is_given(kernels):
+    heads = Heads(4, 2, 8)
+    pool = make_pool(heads, [40], page_size=8)
+    rng = np.random.default_rng(2)
+    k_TKH, v_TKH = (rng.standard_normal((3, 2, 8), np.float32) for _ in "kv")
+    index_T = np.asarray([17, 3, 30], np.int32)
+    k_PSKH, v_PSKH = jax.jit(kernels.kv_write)(pool.k_PSKH, pool.v_PSKH, k_TKH, v_TKH, index_T)
+    for new, old, written in ((k_PSKH, pool.k_PSKH, k_TKH), (v_PSKH, pool.v_PSKH, v_TKH)):
+        want = old.copy().reshape(-1, 2, 8)
+        want[index_T] = written
+        np.testing.assert_array_equal(np.asarray(new).reshape(-1, 2, 8), want)
+
+
+def test_an_unknown_platform_is_refused():
+    with pytest.raises(ValueError, match="no kernels are known for platform 'abacus'"):
+        choose_kernels("abacus")

@@ -1,0 +1,80 @@
+"""What "auto" comes to, on machines that are not here."""
+
+from __future__ import annotations
+
+import pytest
+
+from jaxserve.config import ServerConfig
+from jaxserve.errors import ConfigError
+from jaxserve.runner.sizing import GIB, Machine, choose_precision, choose_sizes
+
+LAPTOP = Machine(platform="cpu", num_devices=1, memory_bytes=16 * GIB, free_bytes=10 * GIB)
+H200 = Machine(platform="gpu", num_devices=1, memory_bytes=139 * GIB, free_bytes=139 * GIB)
+V5E = Machine(platform="tpu", num_devices=1, memory_bytes=16 * GIB, free_bytes=16 * GIB)
+
+
+def size(machine: Machine, *, param_bytes: int = GIB, checkpoint_bits: int = 16, **flags):
+    config = ServerConfig(model_path="m", **flags)
+    precision = choose_precision(config, machine.platform, checkpoint_bits)
+    return choose_sizes(
+        config,
+        machine,
+        precision,
+        model_context=32768,
+        param_bytes=param_bytes,
+        kv_bytes_per_token=24 * 1024,
+        slot_bytes=8 * 151936,
+    )
+
+
+def test_a_quantised_file_is_served_in_int8_on_the_cpu_only():
+    config = ServerConfig(model_path="m")
+    assert choose_precision(config, "cpu", 5).quantization == "int8"
+    assert choose_precision(config, "cpu", 16).quantization == "none"
+    assert choose_precision(config, "gpu", 5).quantization == "none"
+    unquantised = ServerConfig(model_path="m", quantization="none", dtype="float32")
+    assert choose_precision(unquantised, "cpu", 5).quantization == "none"
+
+
+def test_the_pool_is_float32_on_the_cpu_and_bfloat16_on_accelerators():
+    config = ServerConfig(model_path="m")
+    assert choose_precision(config, "cpu", 16).kv_dtype == "float32"
+    assert choose_precision(config, "tpu", 16).kv_dtype == "bfloat16"
+
+
+def test_pages_rows_and_chunks_suit_the_platform():
+    cpu, gpu, tpu = size(LAPTOP), size(H200), size(V5E)
+    assert (cpu.page_size, gpu.page_size, tpu.page_size) == (16, 64, 128)
+    assert (cpu.mixes, gpu.mixes) == (False, True)
+    assert cpu.num_tokens * 24 * 1024 <= 2 * GIB
+    assert gpu.num_tokens * 24 * 1024 > 100 * GIB
+
+
+def test_flags_win_over_what_would_be_chosen():
+    sizes = size(LAPTOP, max_total_tokens=20480, max_running_requests=128, page_size=32, context_length=2048)
+    assert (sizes.num_tokens, sizes.max_rows, sizes.page_size) == (20480, 128, 32)
+    assert sizes.table_width == 64
+
+
+def test_a_pool_is_never_larger_than_all_rows_can_fill():
+    assert size(H200, max_running_requests=2, context_length=1024).num_tokens == 2048
+
+
+def test_whole_prompts_in_one_step():
+    assert size(LAPTOP, chunked_prefill_size=-1, context_length=4096).chunk_tokens == 4096
+
+
+def test_a_model_that_leaves_no_room_is_refused_with_what_would_help():
+    with pytest.raises(ConfigError, match="raise mem_fraction_static"):
+        size(V5E, param_bytes=15 * GIB)
+
+
+def test_several_devices_are_refused_until_they_are_served():
+    with pytest.raises(ConfigError, match="not served in this version"):
+        size(H200, tp_size=2)
+
+
+def test_the_smallest_decode_program_avoids_the_slow_product_of_one_row():
+    assert size(LAPTOP, dtype="float32").min_rows == 1
+    assert size(LAPTOP, dtype="bfloat16").min_rows == 2
+    assert size(LAPTOP, quantization="int8").min_rows == 2
