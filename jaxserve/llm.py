@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import queue
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -63,7 +64,9 @@ class LLM:
             self._link = ThreadLink(self._loop, self._client.handle)
             engine, self._runner, self.info = build_engine(self.config, files, self._link, progress.update)
         text = TextTools(tokenizer=self._tokenizer, chat_template=self._template)
-        server_settings = make_settings(self.config, files, command=["LLM"])
+        server_settings = dataclasses.replace(
+            make_settings(self.config, files, command=["LLM"]), max_sequences=sys.maxsize
+        )
         metrics = ServerMetrics(
             server_settings.served_model_name,
             read_stats=lambda: self._client.stats,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+import dataclasses
+from collections.abc import AsyncGenerator, Callable, Iterable
 
 from jaxserve.engine.messages import (
     Abort,
@@ -83,7 +84,7 @@ class EngineClient:
                 if waiting is not None:  # else its listener has left; the abort is on its way
                     waiting.put_nowait(delta)
         elif isinstance(message, Starting):
-            self.status_message = message.message
+            self.status_message = f"The engine is starting: {message.message} ({message.fraction:.0%})."
         elif isinstance(message, Ready):
             self.info = message.info
             self.was_ready = True
@@ -99,7 +100,7 @@ class EngineClient:
 
     async def generate(
         self, rid: str, prompt_ids: list[int], params: TokenParams, *, priority: int = 0, cache_salt: str = ""
-    ) -> AsyncIterator[TokenDelta]:
+    ) -> AsyncGenerator[TokenDelta, None]:
         """Submit a request and yield its deltas; the last one has `finish` set.
 
         Raises UnavailableError unless the engine is ready, InvalidRequestError if the rid is in use.
@@ -117,7 +118,7 @@ class EngineClient:
         try:
             self._send(Submit(rid, prompt_ids, params, priority, cache_salt))
             while not is_over:
-                delta = await waiting.get()
+                delta = _merge(await waiting.get(), waiting)
                 is_over = delta.finish is not None
                 yield delta
         finally:
@@ -152,6 +153,15 @@ class EngineClient:
         self.status, self.status_message = status, message
         self.status_changed.set()
         self.status_changed = asyncio.Event()
+
+
+def _merge(delta: TokenDelta, waiting: asyncio.Queue[TokenDelta]) -> TokenDelta:
+    """`delta` and whatever has come behind it: a slow listener gets fewer deltas, not later ones."""
+    token_ids = delta.token_ids
+    while not waiting.empty():
+        delta = waiting.get_nowait()
+        token_ids = token_ids + delta.token_ids
+    return delta if delta.token_ids is token_ids else dataclasses.replace(delta, token_ids=token_ids)
 
 
 def _ended(rid: str, reason: str, http_status: int) -> TokenDelta:

@@ -98,7 +98,7 @@ def _gather_admissions(state: SchedulerState, limits: StepLimits, budget: int, o
     )
     num_held = 0
     for seq in state.waiting:
-        if num_slots == 0 or budget == 0 or len(offers) >= limits.max_chunks or num_held == MAX_HELD:
+        if num_slots <= 0 or budget == 0 or len(offers) >= limits.max_chunks or num_held == MAX_HELD:
             return
         if seq.leader is not None and seq.leader.is_pending:
             num_held += 1

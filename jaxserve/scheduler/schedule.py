@@ -120,7 +120,8 @@ def apply(state: SchedulerState, plan: StepPlan, sampled: list[int]) -> list[Tok
         if chunk.samples:
             deltas.append(_append_token(state, seq, token_id))
         elif seq.params.max_new_tokens == 0 and chunk.start + len(chunk.token_ids) == seq.prefill_end:
-            deltas.append(_finish(state, seq, [], FinishReason(kind="length")))
+            _end(state, seq)
+            deltas.append(make_delta(seq, [], FinishReason(kind="length")))
     return deltas
 
 
@@ -218,20 +219,22 @@ def _append_token(state: SchedulerState, seq: Seq, token_id: int) -> TokenDelta:
     seq.num_in_flight -= 1
     state.num_generated_tokens += 1
     params = seq.params
-    num_output_tokens = len(seq.token_ids) - seq.num_prompt_tokens
+    num_output_tokens = seq.num_output_tokens
+    finish = None
     if token_id in params.stop_ids and num_output_tokens >= params.min_new_tokens:
-        return _finish(state, seq, [token_id], FinishReason(kind="stop", matched=token_id))
-    if num_output_tokens >= params.max_new_tokens:
-        return _finish(state, seq, [token_id], FinishReason(kind="length"))
-    return make_delta(seq, [token_id])
+        finish = FinishReason(kind="stop", matched=token_id)
+    elif num_output_tokens >= params.max_new_tokens:
+        finish = FinishReason(kind="length")
+    if finish is not None:
+        _end(state, seq)
+    return make_delta(seq, [token_id], finish)
 
 
-def _finish(state: SchedulerState, seq: Seq, token_ids: list[int], finish: FinishReason) -> TokenDelta:
+def _end(state: SchedulerState, seq: Seq) -> None:
     _release(state, seq)
     seq.status = SeqStatus.FINISHED
     del state.by_rid[seq.rid]
     state.num_finished += 1
-    return make_delta(seq, token_ids, finish)
 
 
 def _release(state: SchedulerState, seq: Seq) -> None:

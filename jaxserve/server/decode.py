@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -135,6 +136,7 @@ _ALIASES = {
 }
 
 
+@cache
 def _field_names(body_type: type) -> list[str]:
     """Field names of the struct and of the structs it holds (only one of ours forbids unknown fields)."""
     definitions = msgspec.json.schema_components([body_type])[1]

@@ -6,7 +6,7 @@ methods are called from one event loop.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Iterable
 from typing import Protocol
 
 from jaxserve.types import EngineInfo, EngineStats, TokenDelta, TokenParams
@@ -19,7 +19,7 @@ class DeltaStream(Protocol):
     engine step; so does cancelling the task that waits for the next delta.
     """
 
-    def __aiter__(self) -> DeltaStream: ...
+    def __aiter__(self) -> AsyncIterator[TokenDelta]: ...
     def __anext__(self) -> Awaitable[TokenDelta]: ...
     def aclose(self) -> Awaitable[None]: ...
 

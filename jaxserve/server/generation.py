@@ -118,10 +118,10 @@ class Generator:
 
     def require_ready(self) -> EngineInfo:
         """The engine's facts; UnavailableError while it starts, drains or is dead."""
-        info = self._engine.info
-        if self._engine.status != "ready" or info is None:
-            reason = self._engine.status_message or "It can't take requests now."
-            raise UnavailableError(f"The engine is {self._engine.status}. {reason}")
+        info, status = self._engine.info, self._engine.status
+        if status != "ready" or info is None:
+            message = self._engine.status_message or "It takes no requests now."
+            raise UnavailableError(message if status in message else f"The engine is {status}. {message}")
         return info
 
     @asynccontextmanager
@@ -191,7 +191,11 @@ class Generator:
             for choice, rid in enumerate(_name_choices(job)):
                 sampling = for_choice(job.sampling, choice)
                 params = to_token_params(
-                    sampling, max_new_tokens=max_new_tokens, eos_ids=eos_ids, draw=self._random
+                    sampling,
+                    max_new_tokens=max_new_tokens,
+                    eos_ids=eos_ids,
+                    vocab_size=info.vocab_size,
+                    draw=self._random,
                 )
                 sequences.append(
                     Sequence(

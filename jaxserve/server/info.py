@@ -6,13 +6,13 @@ nothing of generation.
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from sanic import Blueprint
 from sanic.request import Request
 from sanic.response import HTTPResponse
 
+from jaxserve import __version__
 from jaxserve.server.openai_protocol import check_model
 from jaxserve.server.replies import ModelCard, ModelInfo, ModelList, json_response
 from jaxserve.server.state import AppState, state_of
@@ -78,7 +78,7 @@ async def show_server_info(request: Request) -> HTTPResponse:
         "served_model_name": settings.served_model_name,
         "tokenizer_path": settings.tokenizer_path or settings.model_path,
         "launch_command": settings.launch_command,
-        "version": _read_version(),
+        "version": __version__,
         "frontend": "sanic",
         "status": state.engine.status,
         "startup_time": info.startup_s,
@@ -121,10 +121,3 @@ def _describe_engine(info: EngineInfo, stats: EngineStats) -> dict[str, Any]:
         "num_late_compiles": stats.num_late_compiles,
         "is_warm": stats.is_warm,
     }
-
-
-def _read_version() -> str:
-    try:
-        return version("jaxserve")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

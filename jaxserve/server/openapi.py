@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -140,6 +141,7 @@ async def show_docs(request: Request) -> HTTPResponse:
     return HTTPResponse(page, content_type="text/html; charset=utf-8")
 
 
+@cache
 def describe_api() -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
     types: list[type] = [ErrorBody]

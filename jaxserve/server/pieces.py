@@ -55,11 +55,11 @@ def join_pieces(pieces: list[Piece]) -> Piece:
     last = pieces[-1]
     if len(pieces) == 1:
         return last
-    return msgspec.structs.replace(
-        last,
-        text="".join([piece.text for piece in pieces]),
-        token_ids=[token_id for piece in pieces for token_id in piece.token_ids],
-    )
+    token_ids: list[int] = []
+    for piece in pieces:
+        token_ids += piece.token_ids
+    text = "".join([piece.text for piece in pieces])
+    return msgspec.structs.replace(last, text=text, token_ids=token_ids)
 
 
 async def read_sequence(

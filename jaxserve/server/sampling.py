@@ -25,6 +25,9 @@ COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 GENERATE_MAX_NEW_TOKENS = 128  # SGLang's for /generate
 _SEED_BITS = 31
 _SEED_MASK = (1 << _SEED_BITS) - 1
+_MAX_TEMPERATURE = 1e6  # every token as likely as any other
+_MIN_SHARE = 1e-6
+_MAX_BIAS = 1e9  # certain, or impossible
 _REFUSED_IN_SAMPLING = (
     *("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params", "beam_width"),
     *("watermark", "choice"),
@@ -119,28 +122,38 @@ def _read_openai_sampling(
 
 
 def to_token_params(
-    sampling: SamplingParams, *, max_new_tokens: int, eos_ids: tuple[int, ...], draw: Random
+    sampling: SamplingParams,
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    vocab_size: int,
+    draw: Random,
 ) -> TokenParams:
     """The engine's half of the parameters; `draw` gives the seed when the request names none.
 
     `ignore_eos` switches off every stop by token, `stop_token_ids` included (as SGLang does). Seeds
     of more than 31 bits are folded, so that any int64 is accepted and small ones keep their value.
+    The engine computes in float32: numbers that would become 0 or infinity there are moved to where
+    they mean the same.
     """
     seed = draw.getrandbits(_SEED_BITS) if sampling.seed is None else _fold_seed(sampling.seed)
     stop_ids = () if sampling.ignore_eos else tuple(dict.fromkeys((*eos_ids, *sampling.stop_token_ids)))
     return TokenParams(
         max_new_tokens=max_new_tokens,
         min_new_tokens=min(sampling.min_new_tokens, max_new_tokens),
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=max(sampling.top_k, 0),
+        temperature=min(sampling.temperature, _MAX_TEMPERATURE),
+        top_p=max(sampling.top_p, _MIN_SHARE),
+        top_k=sampling.top_k if 0 < sampling.top_k < vocab_size else 0,
         min_p=sampling.min_p,
         frequency_penalty=sampling.frequency_penalty,
         presence_penalty=sampling.presence_penalty,
-        repetition_penalty=sampling.repetition_penalty,
+        repetition_penalty=max(sampling.repetition_penalty, _MIN_SHARE),
         seed=seed,
         stop_ids=stop_ids,
-        logit_bias=tuple(sampling.logit_bias.items()),
+        logit_bias=tuple(
+            (token_id, max(-_MAX_BIAS, min(bias, _MAX_BIAS)))
+            for token_id, bias in sampling.logit_bias.items()
+        ),
     )
 
 

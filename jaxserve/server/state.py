@@ -20,7 +20,7 @@ from jaxserve.server.settings import ServerSettings, TextTools
 
 access_logger = logging.getLogger("jaxserve.access")
 
-# Asked every few seconds by machines: their success is logged at debug only.
+# Asked every few seconds by machines: logged at debug only.
 PROBE_ENDPOINTS = ("health", "ready", "ping", "metrics")
 
 
@@ -82,7 +82,7 @@ def finish_request(request: Request, status: int) -> None:
         counts = f" prompt_tokens={num_prompt} completion_tokens={num_output}"
     rid = f" rid={note.rid}" if note.rid else ""
     elapsed_s = time.perf_counter() - note.started_s
-    is_probe = status == 200 and endpoint in PROBE_ENDPOINTS
+    is_probe = endpoint in PROBE_ENDPOINTS
     access_logger.log(
         logging.DEBUG if is_probe else logging.INFO,
         "%s %s %d%s%s %.3fs",

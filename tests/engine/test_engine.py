@@ -11,7 +11,7 @@ import pytest
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler.state import check_integrity
 from jaxserve.types import TokenParams
-from tests.engine.tiny_engine import start_engine, token_ids
+from tests.engine.running_engine import start_tiny_engine, token_ids
 from tests.goldens.read import read_tiny_goldens
 from tests.tiny import TINY_NAMES
 
@@ -25,7 +25,7 @@ def run(test):
 def test_greedy_tokens_are_those_of_transformers_alone_and_together(tmp_path, name):
     async def scenario():
         goldens = read_tiny_goldens(name)
-        async with start_engine(tmp_path, name) as engine:
+        async with start_tiny_engine(tmp_path, name) as engine:
             for length, golden in goldens.items():
                 deltas = await engine.generate(f"alone-{length}", golden.prompt_ids, max_new_tokens=32)
                 assert token_ids(deltas) == golden.greedy_ids
@@ -58,11 +58,11 @@ def test_a_crowd_under_retraction_gets_what_each_would_get_alone(tmp_path):
         return await asyncio.gather(*tasks) if together else [await task for task in tasks]
 
     async def scenario():
-        async with start_engine(tmp_path) as engine:
+        async with start_tiny_engine(tmp_path) as engine:
             await engine.wait_until_warm()
             alone = await ask_all(engine, together=False)
         # 40 pages of 8 tokens for 8 rows of up to 160: some must give way.
-        async with start_engine(tmp_path, max_total_tokens=320) as engine:
+        async with start_tiny_engine(tmp_path, max_total_tokens=320) as engine:
             await engine.wait_until_warm()
             compiles = engine.runner.compiles.num_compiles
             crowd = await ask_all(engine, together=True)
@@ -86,7 +86,7 @@ def test_a_listener_that_leaves_frees_everything_it_held(tmp_path):
                 await anext(stream)
 
     async def scenario():
-        async with start_engine(tmp_path) as engine:
+        async with start_tiny_engine(tmp_path) as engine:
             await asyncio.gather(*(leave_early(engine, i, patience=i % 4 + 1) for i in range(20)))
             deltas = await engine.generate("after", [9, 8, 7])
             assert len(token_ids(deltas)) == 8
@@ -103,7 +103,7 @@ def test_a_stop_id_ends_the_text_and_is_its_last_token(tmp_path):
     first = golden.greedy_ids.index(stop_id)
 
     async def scenario():
-        async with start_engine(tmp_path) as engine:
+        async with start_tiny_engine(tmp_path) as engine:
             deltas = await engine.generate("r", golden.prompt_ids, max_new_tokens=32, stop_ids=(stop_id,))
             assert token_ids(deltas) == golden.greedy_ids[: first + 1]
             finish = deltas[-1].finish
@@ -117,7 +117,7 @@ def test_a_second_prompt_with_the_same_start_reuses_its_pages(tmp_path):
     prompt = list(range(10, 80))
 
     async def scenario():
-        async with start_engine(tmp_path) as engine:
+        async with start_tiny_engine(tmp_path) as engine:
             cold = await engine.generate("cold", prompt)
             warm = await engine.generate("warm", prompt)
             assert (cold[-1].num_cached_tokens, warm[-1].num_cached_tokens) == (0, 64)
@@ -131,7 +131,7 @@ def test_a_second_prompt_with_the_same_start_reuses_its_pages(tmp_path):
 
 def test_impossible_requests_are_answered_and_the_next_one_is_served(tmp_path):
     async def scenario():
-        async with start_engine(tmp_path, max_total_tokens=64, max_queued_requests=0) as engine:
+        async with start_tiny_engine(tmp_path, max_total_tokens=64, max_queued_requests=0) as engine:
             too_long = await engine.generate("long", list(range(4, 104)))
             finish = too_long[-1].finish
             assert finish is not None
@@ -149,7 +149,7 @@ def test_impossible_requests_are_answered_and_the_next_one_is_served(tmp_path):
 
 def test_a_full_queue_is_told_as_429(tmp_path):
     async def scenario():
-        async with start_engine(tmp_path, max_running_requests=1, max_queued_requests=1) as engine:
+        async with start_tiny_engine(tmp_path, max_running_requests=1, max_queued_requests=1) as engine:
             await engine.wait_until_warm()
             answers = await asyncio.gather(
                 *(engine.generate(f"r{i}", [5, 6, 7], max_new_tokens=40) for i in range(6))
@@ -163,7 +163,7 @@ def test_a_full_queue_is_told_as_429(tmp_path):
 
 def test_an_engine_that_is_lost_fails_every_open_request(tmp_path):
     async def scenario():
-        async with start_engine(tmp_path) as engine:
+        async with start_tiny_engine(tmp_path) as engine:
             task = asyncio.create_task(engine.generate("r", [5, 6, 7], max_new_tokens=200))
             while not engine.client.stats.num_running:
                 await asyncio.sleep(0.01)

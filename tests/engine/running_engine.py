@@ -1,4 +1,4 @@
-"""A real engine on a tiny model, in this process: its loop on a thread, its client on the test's loop."""
+"""A real engine in this process: its loop on a thread, its client on the test's event loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxserve.weights.resolve import resolve_model
 from tests.tiny import write_tiny_checkpoint
 
 
-class TinyEngine:
+class RunningEngine:
     """What a test may touch: the client, and the engine's insides for a look."""
 
     def __init__(self, client: EngineClient, loop: EngineLoop, runner: ModelRunner):
@@ -48,29 +48,35 @@ def token_ids(deltas: list[TokenDelta]) -> list[int]:
 
 
 @asynccontextmanager
-async def start_engine(folder: Path, name: str = "qwen2", **flags: Any) -> AsyncIterator[TinyEngine]:
-    """Serve tiny model `name` from a checkpoint written to `folder`."""
+async def start_tiny_engine(folder: Path, name: str = "qwen2", **flags: Any) -> AsyncIterator[RunningEngine]:
+    """Serve tiny model `name` from a checkpoint that is written to `folder`, in a small pool."""
     if not (folder / "config.json").exists():
         write_tiny_checkpoint(folder, name)
-    settings: dict[str, Any] = {
-        "dtype": "float32",
+    settings = {
         "page_size": 8,
         "max_running_requests": 8,
         "max_total_tokens": 1024,
         "chunked_prefill_size": 64,
         "compilation_cache_dir": str(folder / "programs"),
     }
-    config = ServerConfig(model_path=str(folder), **{**settings, **flags})
+    async with start_engine(str(folder), **{**settings, **flags}) as engine:
+        yield engine
+
+
+@asynccontextmanager
+async def start_engine(model_path: str, **flags: Any) -> AsyncIterator[RunningEngine]:
+    """Serve a model in float32 unless the flags say otherwise."""
+    config = ServerConfig(model_path=model_path, **{"dtype": "float32", "quantization": "none", **flags})
     client = EngineClient()
     link = ThreadLink(asyncio.get_running_loop(), client.handle)
-    files = resolve_model(str(folder), on_progress=lambda *_: None)
+    files = resolve_model(model_path, on_progress=lambda *_: None)
     loop, runner, info = build_engine(config, files, link, lambda *_: None)
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     client.connect(link.put)
     client.handle(Ready(info))
     try:
-        yield TinyEngine(client, loop, runner)
+        yield RunningEngine(client, loop, runner)
     finally:
         link.put(Shutdown())
         await asyncio.to_thread(thread.join, 60)

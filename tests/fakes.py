@@ -1,0 +1,252 @@
+"""Stand-ins that let the HTTP side run without a model: a scripted engine, a tokenizer of bytes.
+
+`FakeEngine` speaks the server's EnginePort; `make_text_tools` gives it one token a byte and a ChatML
+template; `serve` puts an app on a loopback port. Used by tests/server, and by anyone who builds on the
+HTTP side. No jax, no network beyond loopback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import httpx
+from sanic import Sanic
+
+from jaxserve.errors import OverloadedError, UnavailableError
+from jaxserve.server.app import create_app
+from jaxserve.server.settings import ServerSettings, TextTools
+from jaxserve.text.chat_template import BUILTIN_TEMPLATES, ChatTemplate
+from jaxserve.text.tokenizer import byte_tokenizer
+from jaxserve.types import EngineInfo, EngineStats, FinishReason, TokenDelta, TokenParams
+
+VOCAB_SIZE = 512
+EOS_ID = 256  # of `byte_tokenizer`
+
+FAKE_INFO = EngineInfo(
+    model_path="fake/model",
+    architecture="FakeForCausalLM",
+    model_type="fake",
+    vocab_size=VOCAB_SIZE,
+    context_length=256,
+    max_total_tokens=4096,
+    max_running_requests=8,
+    page_size=16,
+    num_pages=257,
+    chunked_prefill_size=128,
+    param_bytes=2**30,
+    kv_bytes=2**20,
+    dtype="float32",
+    quantization="none",
+    platform="cpu",
+    device_kind="fake",
+    num_devices=1,
+    startup_s=1.5,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """What an engine was asked to do."""
+
+    rid: str
+    prompt_ids: list[int]
+    params: TokenParams
+    priority: int
+    cache_salt: str
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """An EnginePort that follows a script.
+
+    A request gets the bytes of `reply` (or what `reply` makes of its prompt), then the first stop id
+    if it has one, otherwise the reply over again, until it finds a stop id or max_new_tokens.
+    `delay_s` passes before every delta, `tokens_per_delta` come in each. After `hang_after` tokens
+    nothing more comes; after `fail_after` tokens the request ends with `failure`. With `max_live`
+    requests open the next is refused.
+    `submitted` and `left` (ids whose stream was closed before its end) record what happened.
+    """
+
+    reply: str | Callable[[list[int]], list[int]] = "Hello there."
+    delay_s: float = 0.0
+    tokens_per_delta: int = 1
+    hang_after: int | None = None
+    fail_after: int | None = None
+    failure: FinishReason | None = None
+    max_live: int | None = None
+    retry_after_s: int = 2
+    info: EngineInfo | None = FAKE_INFO
+    status: str = "ready"
+    status_message: str = ""
+    heartbeat_age_s: float = 0.01
+    stats: EngineStats = field(default_factory=EngineStats)
+    can_flush: bool = True
+    flush_timeouts: list[float] = field(default_factory=list)
+    submitted: list[Submitted] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    _live: dict[str, asyncio.Event] = field(default_factory=dict)  # set when the user asks for an abort
+    _left_times: dict[str, float] = field(default_factory=dict)
+
+    def live_rids(self) -> Iterable[str]:
+        return self._live.keys()
+
+    def abort(self, rid: str) -> None:
+        self._live[rid].set()
+
+    async def flush_cache(self, timeout_s: float) -> bool:
+        self.flush_timeouts.append(timeout_s)
+        return self.can_flush
+
+    def left_at_s(self, rid: str) -> float:
+        """When the stream of `rid` was closed early, on time.perf_counter's clock."""
+        return self._left_times[rid]
+
+    async def generate(
+        self, rid: str, prompt_ids: list[int], params: TokenParams, *, priority: int = 0, cache_salt: str = ""
+    ) -> AsyncGenerator[TokenDelta, None]:
+        if self.status != "ready":
+            raise UnavailableError(f"The engine is {self.status}.")
+        if self.max_live is not None and len(self._live) >= self.max_live:
+            raise OverloadedError("The queue is full.", retry_after_s=self.retry_after_s)
+        num_cached = self._count_cached(prompt_ids)
+        self.submitted.append(
+            Submitted(rid=rid, prompt_ids=prompt_ids, params=params, priority=priority, cache_salt=cache_salt)
+        )
+        self._live[rid] = asyncio.Event()
+        first = TokenDelta(
+            rid=rid,
+            token_ids=[],
+            num_prompt_tokens=len(prompt_ids),
+            num_cached_tokens=num_cached,
+            num_output_tokens=0,
+        )
+        is_over = False
+        try:
+            async for delta in self._run(first, prompt_ids, params):
+                is_over = delta.finish is not None
+                yield delta
+        finally:
+            del self._live[rid]
+            if not is_over:
+                self.left.append(rid)
+                self._left_times[rid] = time.perf_counter()
+
+    async def _run(
+        self, first: TokenDelta, prompt_ids: list[int], params: TokenParams
+    ) -> AsyncGenerator[TokenDelta, None]:
+        token_ids, finish = self._plan(prompt_ids, params)
+        aborted = self._live[first.rid]
+        step = self.tokens_per_delta
+        for start in range(0, max(len(token_ids), 1), step):
+            if self.delay_s:
+                await asyncio.sleep(self.delay_s)
+            if self.hang_after is not None and start >= self.hang_after:
+                await aborted.wait()
+            if aborted.is_set():
+                yield replace(
+                    first, num_output_tokens=start, finish=FinishReason(kind="abort", message="Aborted")
+                )
+                return
+            if self.fail_after is not None and start >= self.fail_after:
+                yield replace(first, num_output_tokens=start, finish=self.failure)
+                return
+            end = min(start + step, len(token_ids))
+            is_last = end == len(token_ids)
+            yield replace(
+                first,
+                token_ids=token_ids[start:end],
+                num_output_tokens=end,
+                finish=finish if is_last else None,
+            )
+
+    def _plan(self, prompt_ids: list[int], params: TokenParams) -> tuple[list[int], FinishReason]:
+        """All tokens of the reply and why it ends."""
+        script = list(self.reply.encode()) if isinstance(self.reply, str) else self.reply(prompt_ids)
+        token_ids: list[int] = []
+        while len(token_ids) < params.max_new_tokens:
+            place = len(token_ids)
+            if place == len(script) and params.stop_ids:
+                token_ids.append(params.stop_ids[0])
+            else:
+                token_ids.append(script[place % len(script)])
+            if token_ids[-1] in params.stop_ids:
+                return token_ids, FinishReason(kind="stop", matched=token_ids[-1])
+        return token_ids, FinishReason(kind="length")
+
+    def _count_cached(self, prompt_ids: list[int]) -> int:
+        """The longest prefix shared with an earlier prompt; the last token is always computed."""
+        longest = 0
+        for earlier in self.submitted:
+            pairs = zip(prompt_ids, earlier.prompt_ids, strict=False)
+            shared = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            shared = min(len(prompt_ids), len(earlier.prompt_ids)) if shared is None else shared
+            longest = max(longest, shared)
+        return min(longest, len(prompt_ids) - 1)
+
+
+def make_text_tools(template: str | None = BUILTIN_TEMPLATES["chatml"]) -> TextTools:
+    """One token a byte (eos is 256) and ChatML; None for a model without a template."""
+    tokenizer = byte_tokenizer(VOCAB_SIZE)
+    return TextTools(
+        tokenizer=tokenizer, chat_template=ChatTemplate(template, tokenizer.bos_token, tokenizer.eos_token)
+    )
+
+
+FAKE_SETTINGS = ServerSettings(served_model_name="fake-model", model_path="fake/model")
+
+
+@contextmanager
+def open_client(
+    engine: FakeEngine, *, text: TextTools | None = None, **settings: Any
+) -> Iterator[httpx.Client]:
+    """An HTTP client of a server with this engine; `settings` replace fields of FAKE_SETTINGS."""
+    app = create_app(engine, text or make_text_tools(), replace(FAKE_SETTINGS, **settings))
+    with serve(app) as url, httpx.Client(base_url=url, timeout=10) as client:
+        yield client
+
+
+@contextmanager
+def serve(app: Sanic) -> Iterator[str]:
+    """Run an app on a free loopback port, in a thread with a loop of its own; gives its base URL."""
+    app.config.TOUCHUP = False  # Sanic's rewriting of its own methods works for one app a process only
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    started, loop = threading.Event(), asyncio.new_event_loop()
+    stop = asyncio.Event()
+    thread = threading.Thread(
+        target=loop.run_until_complete, args=(_serve_until(app, listener, started, stop),)
+    )
+    thread.start()
+    try:
+        if not started.wait(timeout=10):
+            raise TimeoutError("The server did not start within 10 s.")
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join(timeout=10)
+        loop.close()
+
+
+async def _serve_until(
+    app: Sanic, listener: socket.socket, started: threading.Event, stop: asyncio.Event
+) -> None:
+    server = await app.create_server(sock=listener)
+    assert server is not None
+    await server.startup()
+    serving = server.start_serving()
+    assert serving is not None
+    await serving
+    started.set()
+    await stop.wait()
+    for connection in list(server.connections):
+        connection.abort()
+    await asyncio.sleep(0)
+    server.close()
+    await asyncio.sleep(0)
