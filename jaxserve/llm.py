@@ -47,7 +47,9 @@ class LLM:
     def __init__(self, model_path: str, **settings: Any):
         unknown = settings.keys() - {field.name for field in dataclasses.fields(ServerConfig)}
         if unknown:
-            raise TypeError(f"LLM() has no setting {', '.join(sorted(unknown))}; see `jaxserve launch --help`")
+            raise TypeError(
+                f"LLM() has no setting {', '.join(sorted(unknown))}; see `jaxserve launch --help`"
+            )
         self.config = ServerConfig(model_path=model_path, **settings)
         with Progress(self.config.log_level) as progress:
             files = resolve_model(
@@ -203,7 +205,8 @@ def _describe(choices: list[Piece]) -> Any:
             "text": piece.text,
             "output_ids": list(piece.token_ids),
             "meta_info": {
-                "finish_reason": piece.finish and {"type": piece.finish.kind, "matched": piece.finish.matched},
+                "finish_reason": piece.finish
+                and {"type": piece.finish.kind, "matched": piece.finish.matched},
                 "prompt_tokens": piece.num_prompt_tokens,
                 "completion_tokens": piece.num_output_tokens,
                 "cached_tokens": piece.num_cached_tokens,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
+from msgspec import structs
 from sanic import Sanic
 
 from jaxserve.errors import OverloadedError, UnavailableError
@@ -150,16 +151,16 @@ class FakeEngine:
             if self.hang_after is not None and start >= self.hang_after:
                 await aborted.wait()
             if aborted.is_set():
-                yield replace(
+                yield structs.replace(
                     first, num_output_tokens=start, finish=FinishReason(kind="abort", message="Aborted")
                 )
                 return
             if self.fail_after is not None and start >= self.fail_after:
-                yield replace(first, num_output_tokens=start, finish=self.failure)
+                yield structs.replace(first, num_output_tokens=start, finish=self.failure)
                 return
             end = min(start + step, len(token_ids))
             is_last = end == len(token_ids)
-            yield replace(
+            yield structs.replace(
                 first,
                 token_ids=token_ids[start:end],
                 num_output_tokens=end,

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from tests.source_tree import SourceFile, shipped_files
 
-# Plain modules that every room may use: data, errors, settings, logging.
-PLAIN = {"types", "errors", "config", "log", "metrics", "progress"}
+# Plain modules that every room may use: data, errors, settings, logging; and the package for its version.
+PLAIN = {"__version__", "types", "errors", "config", "log", "metrics", "progress"}
 
 # Room -> what else of ours it may import. A dotted name allows that module only.
 ALLOWED: dict[str, set[str]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,9 @@ def test_every_data_file_of_the_configs_is_packed():
 
 
 def test_version_and_licence_are_told_once():
-    assert PYPROJECT["project"]["version"] == jaxserve.__version__
+    assert "version" in PYPROJECT["project"]["dynamic"]
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "jaxserve.__version__"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", jaxserve.__version__)
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert PYPROJECT["project"]["license"] == "Apache-2.0"
 

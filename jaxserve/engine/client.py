@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-import dataclasses
 from collections.abc import AsyncGenerator, Callable, Iterable
+
+import msgspec
 
 from jaxserve.engine.messages import (
     Abort,
@@ -161,7 +162,7 @@ def _merge(delta: TokenDelta, waiting: asyncio.Queue[TokenDelta]) -> TokenDelta:
     while not waiting.empty():
         delta = waiting.get_nowait()
         token_ids = token_ids + delta.token_ids
-    return delta if delta.token_ids is token_ids else dataclasses.replace(delta, token_ids=token_ids)
+    return delta if delta.token_ids is token_ids else msgspec.structs.replace(delta, token_ids=token_ids)
 
 
 def _ended(rid: str, reason: str, http_status: int) -> TokenDelta:

@@ -27,7 +27,7 @@ from jaxserve.engine.meter import Meter
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler import schedule as scheduler
 from jaxserve.scheduler.plan import StepLimits, StepPlan
-from jaxserve.scheduler.state import SchedulerState, has_work, num_running, num_waiting
+from jaxserve.scheduler.state import SchedulerState, check_integrity, has_work, num_running, num_waiting
 from jaxserve.types import FinishReason, TokenDelta
 
 HEARTBEAT_S = 0.5  # the engine says at least this often that it lives, so that /health can be honest
@@ -119,8 +119,10 @@ class EngineLoop:
                 if delta is not None:
                     deltas.append(delta)
             elif isinstance(message, FlushCache):
-                is_quiet = not self._in_flight
-                ok = is_quiet and scheduler.flush(self.scheduler_state)
+                ok = not self._in_flight and scheduler.flush(self.scheduler_state)
+                if ok:  # a quiet moment, and somebody who waits: see that no page was lost
+                    check_integrity(self.scheduler_state)
+                    self._report([])
                 self._link.send(Flushed(message.call_id, ok))
             elif isinstance(message, Shutdown):
                 self._is_stopping = True

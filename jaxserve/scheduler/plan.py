@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
+
 from jaxserve.types import TokenParams
 
 
@@ -29,8 +31,7 @@ class SlotInit:
     output_ids: list[int]  # not empty when the sequence was retracted before
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
+class DecodeRow(msgspec.Struct, frozen=True):
     slot: int
     seq_id: int
     epoch: int  # the sequence's count of retractions when this row was planned

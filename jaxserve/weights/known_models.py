@@ -6,7 +6,9 @@ carriers: they are unzipped, never installed and never imported.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +22,11 @@ class WheelMember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownModel:
-    """A model file, joined from `parts` in order. `sha256` and `num_bytes` are the joined file's."""
+    """A model file, joined from `parts` in order. `sha256` and `num_bytes` are the joined file's.
+
+    `generation_config` is the sampling that the model's publishers recommend, which a GGUF file leaves
+    out: chat uses it where a request says nothing.
+    """
 
     name: str
     file_name: str
@@ -28,6 +34,7 @@ class KnownModel:
     sha256: str | None
     num_bytes: int | None
     license: str
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
 
 
 KNOWN_MODELS: tuple[KnownModel, ...] = (
@@ -44,6 +51,7 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         num_bytes=98_362_432,
         license="Apache-2.0",
+        generation_config={"temperature": 0.2, "top_p": 0.9},
     ),
     KnownModel(
         name="qwen2.5-coder-0.5b-instruct",
@@ -59,5 +67,6 @@ KNOWN_MODELS: tuple[KnownModel, ...] = (
         sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         num_bytes=491_400_064,
         license="Apache-2.0",
+        generation_config={"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1},
     ),
 )

