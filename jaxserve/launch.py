@@ -57,7 +57,7 @@ def run(config: ServerConfig, *, command: list[str]) -> int:
     app.run(sock=listener, single_process=True, motd=False, access_log=False)
     if supervisor.failure is not None:
         print(f"jaxserve: error: {supervisor.failure}", file=sys.stderr)
-        return 1
+        return supervisor.exit_status
     return 0
 
 

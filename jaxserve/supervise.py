@@ -25,7 +25,8 @@ logger = logging.getLogger("jaxserve.launch")
 
 
 class EngineSupervisor:
-    """Runs as a task (`run`) until `stop`; `failure` is the reason when it gave up."""
+    """Runs as a task (`run`) until `stop`; when it gave up, `failure` is the reason and `exit_status` 2
+    if that is the user's to mend (settings, files), else 1."""
 
     def __init__(self, config: ServerConfig, model_path: str, client: EngineClient):
         self._config = config
@@ -35,6 +36,7 @@ class EngineSupervisor:
         self._protocol: FrameProtocol | None = None
         self._is_stopping = False
         self.failure: str | None = None
+        self.exit_status = 1
 
     async def run(self) -> None:
         """Start the engine, and again whenever it dies; returns when stopped or when it gave up."""
@@ -91,6 +93,7 @@ class EngineSupervisor:
         self._client.connect(protocol.send)
         protocol.send(Configure(self._config, self._model_path))
         code = await self._process.wait()
+        self.exit_status = 2 if code == 2 else 1
         await lost.wait()  # so that its last words are read
         how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
         reason = self._client.failure or f"The engine process {how}."

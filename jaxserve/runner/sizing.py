@@ -13,9 +13,9 @@ from jaxserve.errors import ConfigError
 
 GIB = 1 << 30
 PAGE_SIZE = {"tpu": 128, "gpu": 64, "cpu": 16}
-# Rows of the smallest decode program. On the CPU a bf16 or int8 product of one row is 5 to 10 times
-# slower than one of two rows (XLA's matrix-vector path converts the weight); float32 is not.
-CPU_MIN_ROWS = {"float32": 1, "bfloat16": 2, "int8": 2}
+# Rows of the smallest decode program. On the CPU a bf16 product of one row is 5 to 10 times slower than
+# one of two rows (XLA's matrix-vector path converts the weight); float32 is not, and int8 has two terms a row.
+CPU_MIN_ROWS = {"float32": 1, "bfloat16": 2, "int8": 1}
 CPU_KV_BYTES = 2 * GIB  # a laptop's share for the pool when nothing is said
 
 
@@ -102,6 +102,11 @@ def choose_sizes(
     if num_tokens is None:
         budget = _pool_budget(config, machine, param_bytes) - (max_rows + 1) * slot_bytes
         num_tokens = min(budget // kv_bytes_per_token, max_rows * context_length)
+    elif num_tokens < 2 * page_size:
+        raise ConfigError(
+            f"max_total_tokens must hold at least two pages of {page_size} tokens, got {num_tokens}.",
+            param="max_total_tokens",
+        )
     num_pages = num_tokens // page_size
     if num_pages < 2:
         needed = 2 * page_size * kv_bytes_per_token + param_bytes + (max_rows + 1) * slot_bytes

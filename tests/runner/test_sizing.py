@@ -69,6 +69,11 @@ def test_a_model_that_leaves_no_room_is_refused_with_what_would_help():
         size(V5E, param_bytes=15 * GIB)
 
 
+def test_a_pool_asked_for_must_hold_two_pages():
+    with pytest.raises(ConfigError, match="max_total_tokens must hold at least two pages of 16 tokens, got 8"):
+        size(LAPTOP, max_total_tokens=8)
+
+
 def test_several_devices_are_refused_until_they_are_served():
     with pytest.raises(ConfigError, match="not served in this version"):
         size(H200, tp_size=2)
@@ -77,4 +82,4 @@ def test_several_devices_are_refused_until_they_are_served():
 def test_the_smallest_decode_program_avoids_the_slow_product_of_one_row():
     assert size(LAPTOP, dtype="float32").min_rows == 1
     assert size(LAPTOP, dtype="bfloat16").min_rows == 2
-    assert size(LAPTOP, quantization="int8").min_rows == 2
+    assert size(LAPTOP, quantization="int8").min_rows == 1
