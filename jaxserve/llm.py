@@ -29,6 +29,7 @@ from jaxserve.metrics import ServerMetrics
 from jaxserve.progress import Progress
 from jaxserve.server.generation import Generator, Job, new_rid
 from jaxserve.server.pieces import Piece, join_pieces
+from jaxserve.server.replies import render_finish
 from jaxserve.server.settings import TextTools
 from jaxserve.text.chat_template import load_chat_template
 from jaxserve.types import SamplingParams
@@ -205,8 +206,7 @@ def _describe(choices: list[Piece]) -> Any:
             "text": piece.text,
             "output_ids": list(piece.token_ids),
             "meta_info": {
-                "finish_reason": piece.finish
-                and {"type": piece.finish.kind, "matched": piece.finish.matched},
+                "finish_reason": render_finish(piece.finish, piece.num_output_tokens),
                 "prompt_tokens": piece.num_prompt_tokens,
                 "completion_tokens": piece.num_output_tokens,
                 "cached_tokens": piece.num_cached_tokens,

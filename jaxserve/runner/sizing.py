@@ -14,7 +14,7 @@ from jaxserve.errors import ConfigError
 GIB = 1 << 30
 PAGE_SIZE = {"tpu": 128, "gpu": 64, "cpu": 16}
 # Rows of the smallest decode program. On the CPU a bf16 product of one row is 5 to 10 times slower than
-# one of two rows (XLA's matrix-vector path converts the weight); float32 is not, and int8 has two terms a row.
+# one of two (XLA's matrix-vector path converts the weight); float32 is not, and int8 has two terms a row.
 CPU_MIN_ROWS = {"float32": 1, "bfloat16": 2, "int8": 1}
 CPU_KV_BYTES = 2 * GIB  # a laptop's share for the pool when nothing is said
 

@@ -7,7 +7,6 @@ Streamed frames are cumulative unless the server is set to incremental; frames o
 from __future__ import annotations
 
 import time
-from typing import Any
 
 from msgspec import UNSET
 from sanic import Blueprint
@@ -18,13 +17,12 @@ from jaxserve.errors import InvalidRequestError
 from jaxserve.server.decode import decode_request
 from jaxserve.server.generation import Job, Run
 from jaxserve.server.pieces import Piece, join_pieces
-from jaxserve.server.replies import GenerateReply, MetaInfo, json_response
+from jaxserve.server.replies import GenerateReply, MetaInfo, json_response, render_finish
 from jaxserve.server.request_lists import name_prompts, read_id_lists, spread
 from jaxserve.server.sampling import read_native_sampling
 from jaxserve.server.schemas import REFUSED_BY_GENERATE, GenerateBody, SamplingBody
 from jaxserve.server.sse import EventStream
 from jaxserve.server.state import note_of, state_of
-from jaxserve.types import FinishReason
 
 
 def make_blueprint() -> Blueprint:
@@ -109,7 +107,7 @@ class _Renderer:
         sequence = self._run.sequences[piece.index]
         meta_info = MetaInfo(
             id=sequence.rid,
-            finish_reason=_render_finish(piece.finish, piece.num_output_tokens),
+            finish_reason=render_finish(piece.finish, piece.num_output_tokens),
             prompt_tokens=piece.num_prompt_tokens,
             weight_version=self._weight_version,
             total_retractions=piece.num_retractions,
@@ -129,13 +127,3 @@ class _Renderer:
             index=piece.index if has_index else UNSET,
             prompt_token_ids=sequence.prompt_ids if self._has_prompt_ids else UNSET,
         )
-
-
-def _render_finish(finish: FinishReason | None, num_output_tokens: int) -> dict[str, Any] | None:
-    if finish is None:
-        return None
-    if finish.kind == "stop":
-        return {"type": "stop", "matched": finish.matched}
-    if finish.kind == "length":
-        return {"type": "length", "length": num_output_tokens}
-    return {"type": "abort", "message": finish.message or "Aborted", "status_code": None, "err_type": None}

@@ -13,6 +13,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 from sanic.response import HTTPResponse
 
+from jaxserve.types import FinishReason
+
 ENCODER = msgspec.json.Encoder()
 
 
@@ -54,6 +56,17 @@ class MetaInfo(msgspec.Struct, kw_only=True):
     dp_rank: int | None
     e2e_latency: float  # seconds
     response_sent_to_client_ts: float  # unix time
+
+
+def render_finish(finish: FinishReason | None, num_output_tokens: int) -> dict[str, Any] | None:
+    """The `finish_reason` of a native reply; None while the sequence goes on."""
+    if finish is None:
+        return None
+    if finish.kind == "stop":
+        return {"type": "stop", "matched": finish.matched}
+    if finish.kind == "length":
+        return {"type": "length", "length": num_output_tokens}
+    return {"type": "abort", "message": finish.message or "Aborted", "status_code": None, "err_type": None}
 
 
 class GenerateReply(msgspec.Struct, kw_only=True):

@@ -57,7 +57,7 @@ async def start_tiny_engine(folder: Path, name: str = "qwen2", **flags: Any) -> 
         "max_running_requests": 8,
         "max_total_tokens": 1024,
         "chunked_prefill_size": 64,
-        "compilation_cache_dir": str(folder / "programs"),
+        "compilation_cache_dir": str(folder.parent / "programs"),  # shared by the tests of a run
     }
     async with start_engine(str(folder), **{**settings, **flags}) as engine:
         yield engine

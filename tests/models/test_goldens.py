@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from tests.goldens.read import TINY_BF16_PROMPT_LENGTH, read_manifest, read_tiny_goldens, relative_error

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from text_goldens import read_text_golden, sentencepiece_metadata
 
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from tests.text.text_goldens import read_text_golden, sentencepiece_metadata
 
 
 @pytest.fixture(scope="session")

@@ -11,12 +11,12 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from text_goldens import read_text_golden, sentencepiece_metadata
 
 from jaxserve.errors import WeightError
 from jaxserve.text.chat_template import load_chat_template
 from jaxserve.text.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.text.token_spelling import CHAR_OF_BYTE
+from tests.text.text_goldens import read_text_golden, sentencepiece_metadata
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5

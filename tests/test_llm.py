@@ -1,0 +1,91 @@
+"""The library: the engine in this process, with the server's own validation and text handling."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from jaxserve import LLM, SamplingParams
+from jaxserve.errors import InvalidRequestError
+
+GREEDY = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    with LLM(
+        "configs/tiny",
+        load_format="dummy",
+        tokenizer_path="bytes",
+        chat_template="chatml",
+        dtype="float32",
+        context_length=512,
+        max_running_requests=4,
+        log_level="warning",
+        compilation_cache_dir=str(tmp_path_factory.mktemp("programs")),
+    ) as model:
+        yield model
+
+
+def test_one_prompt_gives_one_answer_and_several_give_a_list(llm):
+    one = llm.generate("hello", GREEDY)
+    several = llm.generate(["hello", list(b"hello")], GREEDY)
+    assert len(one["output_ids"]) == 8
+    assert one["meta_info"]["prompt_tokens"] == 5
+    assert one["meta_info"]["finish_reason"] == {"type": "length", "length": 8}
+    assert [answer["text"] for answer in several] == [one["text"]] * 2
+
+
+def test_choices_of_one_prompt_are_a_list_in_order(llm):
+    sampled = SamplingParams(max_new_tokens=4, n=3, seed=5, ignore_eos=True)
+    choices = llm.generate("hello", sampled)
+    assert len(choices) == 3
+    assert len({tuple(choice["output_ids"]) for choice in choices}) == 3
+    assert choices == [
+        {**again, "meta_info": {**again["meta_info"], "cached_tokens": choice["meta_info"]["cached_tokens"]}}
+        for again, choice in zip(llm.generate("hello", sampled), choices, strict=True)
+    ]
+
+
+def test_a_stream_is_the_same_text_in_parts_and_may_be_left(llm):
+    messages = [{"role": "user", "content": "hello"}]
+    assert "".join(llm.stream(messages, GREEDY)) == llm.chat(messages, GREEDY)["text"]
+    long = SamplingParams(temperature=0, max_new_tokens=400, ignore_eos=True)
+    for text in llm.stream("hello", long):
+        assert text
+        break
+    assert len(llm.generate("after", GREEDY)["output_ids"]) == 8
+
+
+def test_more_prompts_than_rows_from_several_threads(llm):
+    answers: list[list[str]] = []
+
+    def work() -> None:
+        replies = llm.generate([f"prompt {i}" for i in range(9)], GREEDY)
+        answers.append([reply["text"] for reply in replies])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers[0] == answers[1] == answers[2]
+
+
+def test_progress_is_shown_when_asked_for(llm, capsys):
+    llm.generate(["a", "b"], GREEDY)
+    assert "Generating" not in capsys.readouterr().err
+    llm.generate(["a", "b"], GREEDY, show_progress=True)
+    assert "Generating" in capsys.readouterr().err
+
+
+def test_what_is_impossible_is_refused_with_a_sentence(llm):
+    with pytest.raises(InvalidRequestError, match="temperature must be a finite number >= 0, got -1"):
+        llm.generate("hello", SamplingParams(temperature=-1))
+    with pytest.raises(InvalidRequestError, match="longer than the model's context length"):
+        llm.generate("x" * 600, GREEDY)
+    with pytest.raises(InvalidRequestError, match="at least one message"):
+        llm.chat([[]])
+    with pytest.raises(TypeError, match="no setting modle"):
+        LLM("configs/tiny", modle=1)
