@@ -6,7 +6,6 @@ here too, from the memory that is free. Knows nothing of requests; a slot is a r
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -79,13 +78,8 @@ def edit_rows(
     return edits_V, bias_V
 
 
-def make_slot_writer() -> Callable[[DeviceState, np.int32, np.ndarray, np.ndarray], DeviceState]:
-    """A jitted function that puts a slot's edits and bias rows in place; the rest passes through."""
-
-    @partial(jax.jit, donate_argnums=0)
-    def write_slot(state: DeviceState, slot, edits_V, bias_V) -> DeviceState:
-        return state._replace(
-            edits_XV=state.edits_XV.at[slot].set(edits_V), bias_XV=state.bias_XV.at[slot].set(bias_V)
-        )
-
-    return write_slot
+def write_slot(state: DeviceState, slot: jax.Array, edits_V: jax.Array, bias_V: jax.Array) -> DeviceState:
+    """The state with a slot's edits and bias rows in place; a program of its own, which donates `state`."""
+    return state._replace(
+        edits_XV=state.edits_XV.at[slot].set(edits_V), bias_XV=state.bias_XV.at[slot].set(bias_V)
+    )

@@ -22,7 +22,7 @@ from flax import nnx
 
 from jaxserve.runner.batch import packed_size, unpack_step
 from jaxserve.runner.buckets import Ladder, Shape
-from jaxserve.runner.device_state import DeviceState
+from jaxserve.runner.device_state import DeviceState, write_slot
 from jaxserve.runner.sampler import sample
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -79,6 +79,15 @@ class Programs:
         lowered = step.lower(self._abstract_params, self._abstract_state, packed)
         self.ready[shape] = lowered.compile()
         logger.info("compiled the step of %s in %.1f s", shape, time.perf_counter() - start_s)
+
+    def compile_slot_writer(self) -> Callable:
+        """The program that puts a new sequence's penalties and bias in place."""
+        vocab_size = self._abstract_state.edits_XV.shape[1]
+        slot = jax.ShapeDtypeStruct((), jnp.int32)
+        edits_V = jax.ShapeDtypeStruct((vocab_size,), jnp.int32)
+        bias_V = jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
+        writer = jax.jit(write_slot, donate_argnums=0)
+        return writer.lower(self._abstract_state, slot, edits_V, bias_V).compile()
 
     def compile_rest(self, on_done: Callable[[], None]) -> None:
         """Compile every shape that is not ready, in ladder order, on a thread; then call on_done."""

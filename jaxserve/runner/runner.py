@@ -19,7 +19,7 @@ from flax import nnx
 
 from jaxserve.runner.batch import pack_step, slot_params
 from jaxserve.runner.buckets import Ladder, split_step
-from jaxserve.runner.device_state import PoolSize, allocate, edit_rows, make_slot_writer
+from jaxserve.runner.device_state import PoolSize, allocate, edit_rows
 from jaxserve.runner.programs import CompileCounter, Programs
 from jaxserve.runner.sampler import SAMPLING_FIELDS
 from jaxserve.scheduler.plan import SlotInit, StepLimits, StepPlan
@@ -48,12 +48,12 @@ class ModelRunner:
     def __init__(self, model: nnx.Module, cfg: Any, pool: PoolSize, kv_dtype: jnp.dtype, ladder: Ladder):
         graphdef, self._params = nnx.split(model)
         self._state = allocate(cfg, pool, kv_dtype)
-        self._write_slot = make_slot_writer()
         self._vocab_size = cfg.vocab_size
         self._pool = pool
         self._params_XF = np.zeros((pool.num_slots + 1, len(SAMPLING_FIELDS)), np.int32)
         self.compiles = CompileCounter()
         self.programs = Programs(graphdef, self._params, self._state, ladder, pool.page_size)
+        self._write_slot = self.programs.compile_slot_writer()
 
     @property
     def param_bytes(self) -> int:
@@ -64,10 +64,8 @@ class ModelRunner:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.kv))
 
     def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
-        """Compile what serving needs first: the ladder's first two programs and the slot writer."""
+        """Compile what serving needs first: the ladder's first two programs."""
         first = self.programs.ladder.shapes[:2]
-        edits_V, bias_V = np.zeros(self._vocab_size, np.int32), np.zeros(self._vocab_size, np.float32)
-        self._state = self._write_slot(self._state, np.int32(0), edits_V, bias_V)
         for num_done, shape in enumerate(first):
             on_progress(num_done, len(first))
             self.programs.compile_one(shape)

@@ -70,7 +70,7 @@ def test_a_model_that_leaves_no_room_is_refused_with_what_would_help():
 
 
 def test_a_pool_asked_for_must_hold_two_pages():
-    with pytest.raises(ConfigError, match="max_total_tokens must hold at least two pages of 16 tokens, got 8"):
+    with pytest.raises(ConfigError, match="must hold at least two pages of 16 tokens, got 8"):
         size(LAPTOP, max_total_tokens=8)
 
 
