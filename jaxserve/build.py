@@ -48,10 +48,10 @@ def build_engine(
     start_s = time.perf_counter()
     machine = read_machine()
     use_compile_cache(_compile_cache_dir(config, machine))
-    family, cfg = _read_family(files)
+    family, cfg = _read_family(config.model_path, files)
     specs = family.param_specs(cfg)
     precision = choose_precision(config, machine.platform, checkpoint_bits(files, specs))
-    logger.info("Load weight begin. %s as %s", files.model_id, _describe(precision))
+    logger.info("Load weight begin. %s as %s", config.model_path, _describe(precision))
     params = load_params(
         files,
         specs,
@@ -125,13 +125,13 @@ def checkpoint_bits(files: ModelFiles, specs: list) -> int:
     return round(8 * sum(path.stat().st_size for path in files.files) / num_weights)
 
 
-def _read_family(files: ModelFiles):
+def _read_family(model_path: str, files: ModelFiles):
     try:
         family = find_family(files.hf_config)
         return family, family.Config.from_hf(files.hf_config)
     except (ValueError, KeyError) as error:
         detail = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise WeightError(f"{files.model_id} cannot be served: {detail}.") from error
+        raise WeightError(f"{model_path} cannot be served: {detail}.") from error
 
 
 def _make_runner(model, cfg, sizes: Sizes, kv_dtype: jnp.dtype) -> ModelRunner:

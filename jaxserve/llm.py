@@ -77,6 +77,10 @@ class LLM:
             read_heartbeat_age_s=lambda: self._client.heartbeat_age_s,
         )
         self._generator = Generator(self._client, text, server_settings, metrics)
+        recommended = dataclasses.asdict(server_settings.sampling_defaults)
+        self._chat_sampling = SamplingParams(
+            **{name: value for name, value in recommended.items() if value is not None}
+        )
         self._client.connect(self._link.put)
         self._client.handle(Ready(self.info))
         self._threads = [
@@ -116,7 +120,10 @@ class LLM:
         *,
         show_progress: bool = False,
     ) -> Any:
-        """The reply to one conversation (a dict) or several (a list): like `generate`, by chat template."""
+        """The reply to one conversation (a dict) or several (a list): like `generate`, by chat template.
+
+        Without `sampling_params`, as the model recommends.
+        """
         is_single = bool(messages) and isinstance(messages[0], dict)
         several: Any = [messages] if is_single else messages
         jobs = [self._make_chat_job(conversation, sampling_params) for conversation in several]
@@ -176,7 +183,7 @@ class LLM:
     def _make_chat_job(self, messages: list[Message], sampling_params: SamplingParams | None) -> Job:
         if not messages:
             raise InvalidRequestError("messages must hold at least one message.", param="messages")
-        job = self._make_job(self._template.render(messages), sampling_params)
+        job = self._make_job(self._template.render(messages), sampling_params or self._chat_sampling)
         return dataclasses.replace(job, prompt_field="messages", has_special_tokens=True)
 
     def _run(self, jobs: list[Job], show_progress: bool) -> list[list[Piece]]:

@@ -127,7 +127,11 @@ class _EngineCollector:
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
-        heartbeat = ("jaxserve:engine_heartbeat_age_seconds", "Silence.", self._read_heartbeat_age_s())
+        heartbeat = (
+            "jaxserve:engine_heartbeat_age_seconds",
+            "Seconds since the engine last spoke.",
+            self._read_heartbeat_age_s(),
+        )
         for name, text, value in (*_gauge_series(stats, info), heartbeat):
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)

@@ -26,7 +26,7 @@ class Shape:
         return self.num_rows + self.num_chunks
 
     def __str__(self) -> str:
-        parts = [f"{self.num_rows} rows"] if self.num_rows else []
+        parts = [f"{self.num_rows} row{'s' if self.num_rows > 1 else ''}"] if self.num_rows else []
         parts += [f"{self.num_tokens} tokens"] if self.num_tokens else []
         return " + ".join(parts)
 

