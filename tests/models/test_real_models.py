@@ -12,7 +12,7 @@ from tests.engine.running_engine import start_engine, token_ids
 from tests.goldens.read import (
     QWEN,
     SMOLLM2,
-    project,
+    projected_relative_error,
     read_manifest,
     read_real_goldens,
     relative_error,
@@ -23,8 +23,9 @@ from tests.models.forward import compute_logits, load_model
 pytestmark = [pytest.mark.slow, pytest.mark.download]
 
 MODEL_PATHS = {QWEN: "pypi:qwen2.5-coder-0.5b-instruct", SMOLLM2: "pypi:smollm2-135m-instruct"}
-# torch's own two ways of computing these logits differ by up to 1.1e-5 on SmolLM2 (see the manifest).
-LOGIT_TOLERANCE = {QWEN: 1e-5, SMOLLM2: 2e-5}
+LOGIT_TOLERANCE = read_manifest()["tolerances"]["float32_relative_error"]
+# The error over the whole vocabulary, estimated from random projections within about 13 %.
+PROJECTED_TOLERANCE = 1.3 * LOGIT_TOLERANCE
 NUM_LOGIT_PROMPTS = 6
 
 
@@ -42,15 +43,14 @@ def test_logits_agree(real):
     for golden in goldens[:: len(goldens) // NUM_LOGIT_PROMPTS]:
         logits_V = compute_logits(model, golden.prompt_ids)[-1]
         subset = logits_V[subset_ids(len(logits_V))]
-        assert relative_error(subset, golden.subset_logits) <= LOGIT_TOLERANCE[name]
-        assert relative_error(project(logits_V), golden.projections) <= LOGIT_TOLERANCE[name]
+        assert relative_error(subset, golden.subset_logits) <= LOGIT_TOLERANCE
+        assert projected_relative_error(logits_V, golden) <= PROJECTED_TOLERANCE
         assert np.argmax(logits_V) == golden.top_ids[0]
 
 
 def test_greedy_continuations_are_identical(real):
     name, path = real
     goldens = read_real_goldens(name)
-    assert len(goldens) >= 20
 
     async def scenario():
         async with start_engine(path, max_running_requests=32, context_length=512) as engine:
@@ -62,7 +62,13 @@ def test_greedy_continuations_are_identical(real):
             )
 
     answers = asyncio.run(asyncio.wait_for(scenario(), 900))
-    near_ties = read_manifest()["models"][name]["near_ties"]
-    assert near_ties == []  # else a difference there would be no error, and this test too strict
+    # Where two ids are closer than float32 can tell (one step of one prompt), either is right.
+    near_ties = {tie["prompt"]: tie["step"] for tie in read_manifest()["models"][name]["near_ties"]}
+    num_identical = 0
     for golden, deltas in zip(goldens.values(), answers, strict=True):
-        assert token_ids(deltas) == golden.greedy_ids, golden.name
+        same = token_ids(deltas) == golden.greedy_ids
+        num_identical += same
+        end = near_ties.get(golden.name, 64)
+        assert same or token_ids(deltas)[:end] == golden.greedy_ids[:end], golden.name
+        assert same or end < 64, golden.name
+    assert num_identical >= 20
