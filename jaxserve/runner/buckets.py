@@ -48,7 +48,7 @@ def make_ladder(*, max_rows: int, max_tokens: int, min_rows: int, mixes: bool) -
     The first two shapes are the ones to compile before serving: a decode program of the fewest rows
     and a prefill program; the others follow smallest first, since a person alone comes before a crowd.
     """
-    rows = _powers(min_rows, max_rows, 2)
+    rows = _powers(min_rows, max(min_rows, max_rows), 2)
     tokens = sorted({*_powers(min(16, max_tokens), max_tokens, 4), max(max_tokens // 2, 1)})
     first_tokens = next(count for count in tokens if count >= min(64, max_tokens))
     first = [Shape(rows[0], 0), Shape(0, first_tokens)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ class Programs:
         self._page_size = page_size
         self._table_width = state.table_XW.shape[1]
         self.ladder = ladder
-        self.ready: dict[Shape, Callable] = {}
+        self.ready: Mapping[Shape, Any] = {}  # replaced, never changed
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -77,7 +77,9 @@ class Programs:
         packed = jax.ShapeDtypeStruct((packed_size(shape, self._table_width),), jnp.int32)
         step = jax.jit(partial(run_step, self._graphdef, shape, self._page_size), donate_argnums=1)
         lowered = step.lower(self._abstract_params, self._abstract_state, packed)
-        self.ready[shape] = lowered.compile()
+        program = lowered.compile()
+        # A new dict: the step loop may be iterating over the old one.
+        self.ready = {**self.ready, shape: program}
         logger.info("compiled the step of %s in %.1f s", shape, time.perf_counter() - start_s)
 
     def compile_slot_writer(self) -> Callable:

@@ -19,6 +19,10 @@ def test_a_ladder_of_one_row_and_a_short_context_still_has_both_kinds():
     assert set(ladder.shapes) == {Shape(1, 0), Shape(0, 1), Shape(0, 3)}
 
 
+def test_one_slot_still_runs_in_the_smallest_program_that_is_fast():
+    assert make_ladder(max_rows=1, max_tokens=64, min_rows=2, mixes=False).shapes[0] == Shape(2, 0)
+
+
 def test_limits_that_are_no_powers_of_two_are_reached():
     ladder = make_ladder(max_rows=12, max_tokens=100, min_rows=1, mixes=True)
     assert Shape(12, 0) in ladder.shapes
