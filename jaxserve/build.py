@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from jaxserve.config import ServerConfig
 from jaxserve.engine.loop import EngineLink, EngineLoop
-from jaxserve.errors import WeightError
-from jaxserve.kernels_pallas.dispatch import choose_kernels
+from jaxserve.errors import ConfigError, WeightError
+from jaxserve.kernels_pallas.dispatch import KernelSet, choose_kernels
 from jaxserve.models.registry import find_family
 from jaxserve.runner.buckets import make_ladder
 from jaxserve.runner.device_state import PoolSize, kv_bytes_per_token
@@ -47,6 +47,7 @@ def build_engine(
     """
     start_s = time.perf_counter()
     machine = read_machine()
+    kernels = choose_kernels(machine.platform)
     use_compile_cache(_compile_cache_dir(config, machine))
     family, cfg = _read_family(config.model_path, files)
     specs = family.param_specs(cfg)
@@ -60,7 +61,6 @@ def build_engine(
         on_progress=lambda stage, done, total: on_progress(stage, done, total, "B"),
         random_seed=config.random_seed or 0,
     )
-    kernels = choose_kernels(machine.platform)
     model = family.Model(cfg, params, kernels)
     param_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     del params
@@ -79,8 +79,21 @@ def build_engine(
     runner.warm_up(lambda done, total: on_progress("Compiling", done, total, "programs"))
     runner.programs.compile_rest(on_done=lambda: _finish_warm_up(runner))
     state = new_state(sizes.num_pages, sizes.page_size, sizes.max_rows, not config.disable_radix_cache)
-    loop = EngineLoop(runner, state, link, config.max_queued_requests)
+    loop = EngineLoop(
+        runner,
+        state,
+        link,
+        context_length=sizes.context_length,
+        max_queued_requests=config.max_queued_requests,
+    )
     info = _describe_engine(config, files, cfg, sizes, precision, machine, runner, start_s)
+    _log_sizes(sizes, precision, runner, kernels, info)
+    return loop, runner, info
+
+
+def _log_sizes(
+    sizes: Sizes, precision: Precision, runner: ModelRunner, kernels: KernelSet, info: EngineInfo
+) -> None:
     logger.info(
         "max_total_num_tokens=%d, chunked_prefill_size=%d, max_running_requests=%d, context_len=%d, "
         "page_size=%d, kv_cache=%.2f GB %s, kernels=%s, device=%s",
@@ -94,12 +107,18 @@ def build_engine(
         kernels.name,
         info.device_kind,
     )
-    return loop, runner, info
 
 
 def read_machine() -> Machine:
     """The hardware as JAX and the operating system tell it."""
-    device = jax.devices()[0]
+    try:
+        device = jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0] or "its backend gives no reason"
+        raise ConfigError(
+            f"JAX finds no device to run on: {reason}. Install the extra for your hardware "
+            "(pip install '.[cuda13]' or '.[tpu]'), or set JAX_PLATFORMS=cpu."
+        ) from error
     kind = "gpu" if device.platform in ("gpu", "cuda", "rocm") else device.platform
     stats = device.memory_stats() if kind != "cpu" else None
     if stats:
@@ -112,8 +131,8 @@ def read_machine() -> Machine:
     )
 
 
-def checkpoint_bits(files: ModelFiles, specs: list) -> int:
-    """Bits a weight takes in the files, on average; 16 where there are no files."""
+def checkpoint_bits(files: ModelFiles, specs: list) -> float:
+    """Bits a weight takes in the files, on average, metadata included; 16 where there are no files."""
     if files.kind == "dummy":
         return 16
     num_weights = 0
@@ -122,7 +141,7 @@ def checkpoint_bits(files: ModelFiles, specs: list) -> int:
         for length in spec.shape:
             size *= length
         num_weights += size
-    return round(8 * sum(path.stat().st_size for path in files.files) / num_weights)
+    return 8 * sum(path.stat().st_size for path in files.files) / num_weights
 
 
 def _read_family(model_path: str, files: ModelFiles):

@@ -14,8 +14,6 @@ import socket
 import sys
 import threading
 
-import jax
-
 from jaxserve.build import build_engine
 from jaxserve.engine.messages import Configure, Failed, Ready, Starting
 from jaxserve.engine.transport import SocketLink
@@ -31,8 +29,10 @@ logger = logging.getLogger("jaxserve.engine")
 
 
 def main() -> int:
-    # Ctrl-C belongs to the HTTP process, which tells us to stop when its requests are done.
+    # Signals belong to the HTTP process, which tells us to stop when its requests are done. It insists with
+    # SIGKILL; and when it is gone itself, so are we.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     link = SocketLink(socket.socket(fileno=int(sys.argv[1])), on_lost=_end_soon)
     messages = link.receive(CONFIGURE_TIMEOUT_S)
     if not messages or not isinstance(messages[0], Configure):
@@ -44,10 +44,13 @@ def main() -> int:
     except JaxserveError as error:
         link.send(Failed(error.message))
         return 2
-    except (jax.errors.JaxRuntimeError, MemoryError, OSError, AssertionError) as error:
+    except (RuntimeError, ValueError, LookupError, MemoryError, OSError, AssertionError) as error:
         logger.exception("The engine failed.")
-        link.send(Failed(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"))
-        return 1
+        first_line = str(error).partition("\n")[0]
+        link.send(
+            Failed(f"The engine failed: {type(error).__name__}{': ' if first_line else ''}{first_line}")
+        )
+        os._exit(1)  # at once: a compile that is under way cannot be stopped
     return 0
 
 
@@ -67,10 +70,8 @@ def serve(configure: Configure, link: SocketLink) -> None:
         )
         loop, runner, info = build_engine(config, files, link, tell)
     link.send(Ready(info))
-    try:
-        loop.run_forever()
-    finally:
-        runner.close()
+    loop.run_forever()
+    runner.close()
 
 
 def _end_soon() -> None:

@@ -28,7 +28,7 @@ from jaxserve.types import TokenParams
 from jaxserve.weights.resolve import ModelFiles, resolve_model
 
 LISTEN_BACKLOG = 1024
-DRAIN_TIMEOUT_S = 30.0  # for open requests to finish after SIGTERM or Ctrl-C; a second one is not waited for
+DRAIN_TIMEOUT_S = 30.0  # for open requests to finish after SIGTERM or Ctrl-C
 WARM_UP_TOKENS = 8
 
 logger = logging.getLogger("jaxserve.launch")
@@ -141,7 +141,10 @@ def _attach_engine(
 
 
 async def _supervise(app: Sanic, supervisor: EngineSupervisor) -> None:
-    await supervisor.run()
+    try:
+        await supervisor.run()
+    except OSError as error:  # no process, no memory, no file handles
+        supervisor.failure = f"The engine process could not be started: {error}"
     if supervisor.failure is not None:
         app.stop()
 
@@ -150,16 +153,14 @@ async def _welcome(
     config: ServerConfig, client: EngineClient, tokenizer: Tokenizer, started_s: float
 ) -> None:
     """Once the engine is ready: one request of our own, then the line that scripts wait for."""
-    while client.status != "ready":
+    while True:
+        while client.status != "ready":
+            await client.status_changed.wait()
+        failure = None if config.skip_server_warmup else await _warm_up(client, tokenizer)
+        if failure is None:
+            break
+        logger.error("The warm-up request failed: %s", failure)
         await client.status_changed.wait()
-    if not config.skip_server_warmup:
-        params = TokenParams(max_new_tokens=WARM_UP_TOKENS)
-        prompt_ids = tokenizer.encode("The capital city of France is")
-        try:
-            async for _ in client.generate("warm-up", prompt_ids, params):
-                pass
-        except JaxserveError as error:
-            logger.warning("The warm-up request failed: %s", error.message)
     logger.info("Ready after %.1f s.", time.perf_counter() - started_s)
     logger.info(
         "Listening on http://%s:%d (docs at /docs)",
@@ -167,3 +168,18 @@ async def _welcome(
         config.port,
     )
     logger.info("The server is fired up and ready to roll!")
+
+
+async def _warm_up(client: EngineClient, tokenizer: Tokenizer) -> str | None:
+    """One short request; the reason if it fails."""
+    assert client.info is not None
+    num_new_tokens = min(WARM_UP_TOKENS, client.info.context_length - 1)
+    prompt_ids = tokenizer.encode("The capital city of France is")
+    prompt_ids = prompt_ids[: client.info.context_length - num_new_tokens]
+    try:
+        async for delta in client.generate("warm-up", prompt_ids, TokenParams(max_new_tokens=num_new_tokens)):
+            if delta.finish is not None and delta.finish.kind == "abort":
+                return delta.finish.message
+    except JaxserveError as error:
+        return error.message
+    return None

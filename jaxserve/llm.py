@@ -1,8 +1,8 @@
 """LLM: the engine as a library, in this process, without HTTP.
 
     from jaxserve import LLM, SamplingParams
-    llm = LLM(model_path="pypi:smollm2-135m-instruct")
-    llm.generate("The capital of France is", SamplingParams(temperature=0))["text"]
+    with LLM("pypi:smollm2-135m-instruct") as llm:
+        llm.generate("The capital of France is", SamplingParams(temperature=0))["text"]
 
 The same engine, validation and text handling as the server's, on a thread; answers have the shapes of
 POST /generate and of a chat message. Works in notebooks: the event loop is one of its own.
@@ -11,19 +11,21 @@ POST /generate and of a chat message. Works in notebooks: the event loop is one 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import dataclasses
 import queue
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from jaxserve.build import build_engine
 from jaxserve.config import ServerConfig
 from jaxserve.engine.client import EngineClient
 from jaxserve.engine.messages import Failed, Ready, Shutdown
 from jaxserve.engine.transport import ThreadLink
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import InvalidRequestError, UnavailableError
 from jaxserve.launch import make_settings, read_tokenizer
 from jaxserve.metrics import ServerMetrics
 from jaxserve.progress import Progress
@@ -35,6 +37,7 @@ from jaxserve.text.chat_template import load_chat_template
 from jaxserve.types import SamplingParams
 from jaxserve.weights.resolve import resolve_model
 
+T = TypeVar("T")
 Prompt = str | list[int]
 Message = dict[str, Any]
 
@@ -83,12 +86,16 @@ class LLM:
         )
         self._client.connect(self._link.put)
         self._client.handle(Ready(self.info))
-        self._threads = [
-            threading.Thread(target=self._loop.run_forever, name="jaxserve-client", daemon=True),
-            threading.Thread(target=self._run_engine, args=(engine,), name="jaxserve-engine", daemon=True),
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._is_closed = False
+        self._client_thread = threading.Thread(
+            target=self._loop.run_forever, name="jaxserve-client", daemon=True
+        )
+        self._engine_thread = threading.Thread(
+            target=self._run_engine, args=(engine,), name="jaxserve-engine", daemon=True
+        )
+        self._client_thread.start()
+        self._engine_thread.start()
+        atexit.register(self.close)  # a program that forgets to must not end in the middle of a compile
 
     def __enter__(self) -> LLM:
         return self
@@ -133,7 +140,12 @@ class LLM:
     def stream(
         self, prompt: Prompt | list[Message], sampling_params: SamplingParams | None = None
     ) -> Iterator[str]:
-        """New text as it comes, of a prompt or a conversation. Leaving the loop early ends the request."""
+        """New text as it comes, of a prompt or a conversation. Leaving the loop early ends the request.
+
+        One text at a time: n must be 1.
+        """
+        if sampling_params is not None and sampling_params.n != 1:
+            raise InvalidRequestError(f"n must be 1 for a stream, got {sampling_params.n}.", param="n")
         is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
         make: Any = self._make_chat_job if is_chat else self._make_job
         arrived: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
@@ -143,7 +155,7 @@ class LLM:
                 async for pieces in run:
                     arrived.put("".join(piece.text for piece in pieces))
 
-        task = asyncio.run_coroutine_threadsafe(pump(make(prompt, sampling_params)), self._loop)
+        task = self._start(pump(make(prompt, sampling_params)))
         task.add_done_callback(lambda done: arrived.put(None if done.cancelled() else done.exception()))
         try:
             while isinstance(item := arrived.get(), str):
@@ -155,19 +167,36 @@ class LLM:
             task.cancel()
 
     def close(self) -> None:
-        """End the engine's thread and free its memory. Nothing may be asked of it afterwards."""
+        """End the engine's thread; what other threads still wait for fails. Closing again does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        atexit.unregister(self.close)
         self._link.put(Shutdown())
-        self._threads[1].join()
+        self._engine_thread.join()
+        asyncio.run_coroutine_threadsafe(self._fail_open_requests(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._threads[0].join()
+        self._client_thread.join()
         self._loop.close()
+
+    async def _fail_open_requests(self) -> None:
+        self._client.lose("The model was closed.")
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run a coroutine on the client's loop."""
+        if self._is_closed:
+            work.close()
+            raise UnavailableError("The model was closed; make a new LLM.")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _run_engine(self, engine: Any) -> None:
         """The engine's thread: serve, and tell the reason if the device fails."""
         try:
             engine.run_forever()
-        except RuntimeError as error:
-            self._link.send(Failed(str(error)))
+        except Exception as error:
+            self._link.send(Failed(f"The engine failed: {type(error).__name__}: {error}"))
             raise
         finally:
             self._runner.close()
@@ -203,7 +232,11 @@ class LLM:
             whole = [join_pieces(part) for part in parts]
             return [[whole.pop(0) for _ in range(job.sampling.n)] for job in jobs]
 
-        return asyncio.run_coroutine_threadsafe(collect(), self._loop).result()
+        work = self._start(collect())
+        try:
+            return work.result()
+        finally:
+            work.cancel()  # an interrupted caller wants no more of it
 
 
 def _describe(choices: list[Piece]) -> Any:

@@ -8,9 +8,11 @@ flag or a damaged file does not get better by itself.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import sys
+import time
 
 from jaxserve.config import ServerConfig
 from jaxserve.engine.client import EngineClient
@@ -43,7 +45,7 @@ class EngineSupervisor:
         num_restarts = 0
         while not self._is_stopping:
             was_ready, served_s, reason = await self._run_once()
-            if self._is_stopping:
+            if self._is_stopping or self._client.status == "draining":
                 return
             if not was_ready and num_restarts == 0:
                 self.failure = reason
@@ -56,24 +58,21 @@ class EngineSupervisor:
             await asyncio.sleep(min(2 ** (num_restarts - 1) / 2, 10))
 
     async def stop(self) -> None:
-        """End the engine: ask, then insist."""
+        """End the engine: ask, then insist. One that still loads has nothing to finish."""
         self._is_stopping = True
         if self._process is None or self._process.returncode is not None:
             return
-        if self._protocol is not None:
+        if self._protocol is not None and self._client.ready_since_s is not None:
             self._protocol.send(Shutdown())
-        for insist in (self._process.terminate, self._process.kill):
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
                 return
-            except TimeoutError:
-                insist()
+        self._process.kill()
         await self._process.wait()
 
     async def _run_once(self) -> tuple[bool, float, str]:
-        """One life of the engine: whether it was ever ready, for how long it lived, why it ended."""
+        """One life of the engine: whether it was ever ready, for how long, why it ended."""
         loop = asyncio.get_running_loop()
-        started_s = loop.time()
         ours, theirs = socket.socketpair()
         # A session of its own: Ctrl-C in the terminal reaches only us, and we end it in order.
         self._process = await asyncio.create_subprocess_exec(
@@ -98,4 +97,7 @@ class EngineSupervisor:
         how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
         reason = self._client.failure or f"The engine process {how}."
         self._client.lose(reason)
-        return self._client.was_ready, loop.time() - started_s, reason
+        ready_since_s = self._client.ready_since_s
+        if ready_since_s is None:
+            return False, 0.0, reason
+        return True, time.monotonic() - ready_since_s, reason

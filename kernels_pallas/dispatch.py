@@ -1,6 +1,6 @@
 """Which form of each kernel runs: decided once, from the platform, and told to the log.
 
-Called by the runner when it builds the model. A model holds the chosen functions as one static value,
+Called once by the composition root. A model holds the chosen functions as one static value,
 so nothing is looked up while a step runs and nothing falls back behind anyone's back.
 """
 
@@ -33,6 +33,6 @@ XLA_KERNELS = KernelSet(
 
 def choose_kernels(platform: str) -> KernelSet:
     """The kernels for a platform ("cpu", "gpu", "tpu"). XLA's form serves all three so far."""
-    if platform not in ("cpu", "gpu", "cuda", "tpu"):
+    if platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f"no kernels are known for platform {platform!r}; use cpu, gpu or tpu")
     return XLA_KERNELS

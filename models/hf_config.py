@@ -16,7 +16,7 @@ HARMLESS = frozenset(
     """
     architectures model_type transformers_version torch_dtype dtype use_cache initializer_range
     attention_dropout bos_token_id eos_token_id pad_token_id unk_token_id auto_map name_or_path
-    _name_or_path pretraining_tp is_llama_config rope_interleaved transformers.js_config id2label label2id
+    _name_or_path pretraining_tp is_llama_config transformers.js_config id2label label2id
     problem_type task_specific_params output_attentions output_hidden_states return_dict torchscript
     chunk_size_feed_forward is_encoder_decoder tie_encoder_decoder is_decoder max_length temperature
     top_k top_p rope_parameters unsloth_fixed keys_to_ignore_at_inference
@@ -26,7 +26,7 @@ READ = frozenset(
     """
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
     head_dim rms_norm_eps rope_theta rope_scaling max_position_embeddings tie_word_embeddings hidden_act
-    layer_types
+    layer_types rope_interleaved
     """.split()
 )
 
@@ -47,6 +47,8 @@ def read_hf_config(
         known = name in READ or name in HARMLESS or name in supports or name in ignores
         if not known and value not in (None, False, 0, "", [], {}):
             raise ValueError(f"config.json: the field {name}={value!r} is not known to this model family")
+    if hf.get("rope_interleaved"):
+        raise ValueError("config.json: rope_interleaved=true is not supported")
     if hf.get("hidden_act", "silu") != "silu":
         raise ValueError(f"config.json: hidden_act={hf['hidden_act']!r} is not supported (only 'silu')")
     if any(kind != "full_attention" for kind in hf.get("layer_types") or ()):

@@ -48,8 +48,14 @@ def matmul(x_TD: jax.Array, w_FD: Matrix) -> jax.Array:
         y_UF = jax.lax.dot_general(both_UD, w_FD.q_FD, contract_last, preferred_element_type=jnp.int32)
         y_TF = y_UF[:num_tokens] * coarse_scale_T1 + y_UF[num_tokens:] * rest_scale_T1
         return y_TF * w_FD.scale_F[None, :]
+    # Float32 weights mean float32 products: TPUs and GPUs would round the operands unless told so.
+    precision = jax.lax.Precision.HIGHEST if w_FD.dtype == jnp.float32 else None
     return jax.lax.dot_general(
-        x_TD.astype(w_FD.dtype), w_FD, contract_last, preferred_element_type=jnp.float32
+        x_TD.astype(w_FD.dtype),
+        w_FD,
+        contract_last,
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import InvalidRequestError, JaxserveError, UnavailableError
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True)
 
@@ -80,11 +80,37 @@ def test_progress_is_shown_when_asked_for(llm, capsys):
     assert "Generating" in capsys.readouterr().err
 
 
+def test_a_closed_model_says_so_and_closes_once(tmp_path):
+    model = LLM(
+        "configs/tiny", load_format="dummy", tokenizer_path="bytes", context_length=64, log_level="error"
+    )
+    failures: list[Exception] = []
+
+    def wait_in_vain() -> None:
+        try:
+            model.generate("hello", SamplingParams(max_new_tokens=50, ignore_eos=True, n=40))
+        except JaxserveError as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=wait_in_vain)
+    waiting.start()
+    while not model.info or not model._client.stats.num_running:
+        waiting.join(0.01)
+    model.close()
+    model.close()
+    waiting.join(30)
+    assert [str(failure) for failure in failures] == ["The model was closed."]
+    with pytest.raises(UnavailableError, match="was closed"):
+        model.generate("hello")
+
+
 def test_what_is_impossible_is_refused_with_a_sentence(llm):
     with pytest.raises(InvalidRequestError, match="temperature must be a finite number >= 0, got -1"):
         llm.generate("hello", SamplingParams(temperature=-1))
     with pytest.raises(InvalidRequestError, match="longer than the model's context length"):
         llm.generate("x" * 600, GREEDY)
+    with pytest.raises(InvalidRequestError, match="n must be 1 for a stream, got 2"):
+        next(llm.stream("hello", SamplingParams(n=2)))
     with pytest.raises(InvalidRequestError, match="at least one message"):
         llm.chat([[]])
     with pytest.raises(TypeError, match="no setting modle"):

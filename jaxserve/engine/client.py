@@ -29,6 +29,7 @@ from jaxserve.errors import InvalidRequestError, UnavailableError
 from jaxserve.types import EngineInfo, EngineStats, FinishReason, TokenDelta, TokenParams
 
 FLUSH_POLL_S = 0.05
+FLUSH_ANSWER_S = 1.0  # an engine that is alive answers between two steps
 
 
 class EngineClient:
@@ -36,12 +37,16 @@ class EngineClient:
 
     def __init__(self):
         self._send: Callable[[ToEngine], None] | None = None
-        self._open: dict[str, asyncio.Queue[TokenDelta]] = {}
+        # A rid may be used again as soon as its request is over here, while deltas of the old one are still
+        # on their way; on the wire each request has an id of its own.
+        self._open: dict[str, asyncio.Queue[TokenDelta]] = {}  # by wire id
+        self._wire_ids: dict[str, str] = {}  # by rid
+        self._num_requests = 0
         self._flushes: dict[int, asyncio.Future[bool]] = {}
         self._num_flushes = 0
         self._last_heard_s = time.monotonic()
         self.info: EngineInfo | None = None
-        self.was_ready = False  # in the life of the present or last engine
+        self.ready_since_s: float | None = None  # in the life of the present or last engine
         self.failure: str | None = None  # its last words, if it had any
         self.stats = EngineStats()
         self.status = "starting"
@@ -56,8 +61,9 @@ class EngineClient:
         """A (new) engine is there and starting."""
         self._send = send
         self._last_heard_s = time.monotonic()
-        self.was_ready, self.failure = False, None
-        self._set_status("starting", "The engine is starting.")
+        self.ready_since_s, self.failure = None, None
+        if self.status != "draining":
+            self._set_status("starting", "The engine is starting.")
 
     def drain(self) -> None:
         """Take no more requests; those open go on."""
@@ -69,11 +75,12 @@ class EngineClient:
         self.info = None
         if self.status != "draining":
             self._set_status("dead", reason)
-        for rid, waiting in self._open.items():
-            waiting.put_nowait(_ended(rid, reason, 503))
+        for wire_id, waiting in self._open.items():
+            waiting.put_nowait(_ended(wire_id, reason, 503))
         for future in self._flushes.values():
             if not future.done():
                 future.set_result(False)
+        self._flushes.clear()
 
     def handle(self, message: FromEngine) -> None:
         """A message from the engine, in order."""
@@ -88,7 +95,7 @@ class EngineClient:
             self.status_message = f"The engine is starting: {message.message} ({message.fraction:.0%})."
         elif isinstance(message, Ready):
             self.info = message.info
-            self.was_ready = True
+            self.ready_since_s = time.monotonic()
             if self.status == "starting":
                 self._set_status("ready", "The engine is ready.")
         elif isinstance(message, Flushed):
@@ -109,31 +116,35 @@ class EngineClient:
         """
         if self.status != "ready" or self._send is None:
             raise UnavailableError(self.status_message)
-        if rid in self._open:
+        if rid in self._wire_ids:
             raise InvalidRequestError(
                 f"rid {rid!r} is in use by another request; choose another.", param="rid"
             )
         waiting: asyncio.Queue[TokenDelta] = asyncio.Queue()
-        self._open[rid] = waiting
+        self._num_requests += 1
+        wire_id = f"{rid}/{self._num_requests}"
+        self._open[wire_id] = waiting
+        self._wire_ids[rid] = wire_id
         is_over = False
         try:
-            self._send(Submit(rid, prompt_ids, params, priority, cache_salt))
+            self._send(Submit(wire_id, prompt_ids, params, priority, cache_salt))
             while not is_over:
                 delta = _merge(await waiting.get(), waiting)
                 is_over = delta.finish is not None
                 yield delta
         finally:
-            del self._open[rid]
             if not is_over:
                 self.abort(rid)
+            del self._open[wire_id], self._wire_ids[rid]
 
     def abort(self, rid: str) -> None:
         """Ask for a request to end. Unknown ids are ignored: it may have ended by itself."""
-        if self._send is not None:
-            self._send(Abort(rid))
+        wire_id = self._wire_ids.get(rid)
+        if self._send is not None and wire_id is not None:
+            self._send(Abort(wire_id))
 
     def live_rids(self) -> Iterable[str]:
-        return list(self._open)
+        return list(self._wire_ids)
 
     async def flush_cache(self, timeout_s: float) -> bool:
         """Empty the prefix cache once nothing runs; False if something still runs after timeout_s."""
@@ -143,10 +154,14 @@ class EngineClient:
             future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             self._flushes[self._num_flushes] = future
             self._send(FlushCache(self._num_flushes))
-            if await future:
-                return True
-            if time.monotonic() >= deadline_s:
+            try:
+                is_flushed = await asyncio.wait_for(
+                    future, max(deadline_s - time.monotonic(), FLUSH_ANSWER_S)
+                )
+            except TimeoutError:
                 return False
+            if is_flushed or time.monotonic() >= deadline_s:
+                return is_flushed
             await asyncio.sleep(FLUSH_POLL_S)
         return False
 
@@ -159,7 +174,7 @@ class EngineClient:
 def _merge(delta: TokenDelta, waiting: asyncio.Queue[TokenDelta]) -> TokenDelta:
     """`delta` and whatever has come behind it: a slow listener gets fewer deltas, not later ones."""
     token_ids = delta.token_ids
-    while not waiting.empty():
+    while delta.finish is None and not waiting.empty():
         delta = waiting.get_nowait()
         token_ids = token_ids + delta.token_ids
     return delta if delta.token_ids is token_ids else msgspec.structs.replace(delta, token_ids=token_ids)

@@ -67,11 +67,14 @@ class EngineLoop:
         runner: StepRunner,
         state: SchedulerState,
         link: EngineLink,
+        *,
+        context_length: int,
         max_queued_requests: int | None = None,
     ):
         self._runner = runner
         self.scheduler_state = state
         self._link = link
+        self._context_length = context_length
         self._max_queued_requests = max_queued_requests
         self._in_flight: deque[Launched] = deque()
         self._is_stopping = False
@@ -134,6 +137,10 @@ class EngineLoop:
         if limit is not None and self._num_queued() >= limit:
             reason = f"The request queue is full ({limit} requests wait). Try again later."
             return [_refuse(message, reason, 429)]
+        num_tokens = len(message.prompt_ids) + message.params.max_new_tokens
+        if num_tokens > self._context_length:  # more than a block table holds
+            reason = f"{num_tokens} tokens exceed the context length of {self._context_length}."
+            return [_refuse(message, reason, 400)]
         try:
             scheduler.add(
                 self.scheduler_state,

@@ -98,10 +98,11 @@ class SocketLink:
             while True:
                 try:
                     header = stream.read(LENGTH_BYTES)
-                    body = stream.read(int.from_bytes(header, "big"))
+                    length = int.from_bytes(header, "big")
+                    body = stream.read(length)
                 except OSError:
-                    header = b""
-                if len(header) < LENGTH_BYTES:
+                    break
+                if len(header) < LENGTH_BYTES or len(body) < length:
                     break
                 self._inbox.put(decoder.decode(body))
         self._on_lost()

@@ -99,7 +99,10 @@ class Programs:
                 if self._stopping.is_set():
                     return
                 if shape not in self.ready:
-                    self.compile_one(shape)
+                    try:
+                        self.compile_one(shape)
+                    except jax.errors.JaxRuntimeError:  # most likely too little memory for so large a step
+                        logger.exception("The step of %s could not be compiled; serving without it.", shape)
             on_done()
 
         self._thread = threading.Thread(target=work, name="jaxserve-compile", daemon=True)

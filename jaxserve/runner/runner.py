@@ -21,8 +21,8 @@ from jaxserve.runner.batch import pack_step, slot_params
 from jaxserve.runner.buckets import Ladder, split_step
 from jaxserve.runner.device_state import PoolSize, allocate, edit_rows
 from jaxserve.runner.programs import CompileCounter, Programs
-from jaxserve.runner.sampler import SAMPLING_FIELDS
 from jaxserve.scheduler.plan import SlotInit, StepLimits, StepPlan
+from jaxserve.types import TokenParams
 
 logger = logging.getLogger("jaxserve.runner")
 
@@ -50,7 +50,8 @@ class ModelRunner:
         self._state = allocate(cfg, pool, kv_dtype)
         self._vocab_size = cfg.vocab_size
         self._pool = pool
-        self._params_XF = np.zeros((pool.num_slots + 1, len(SAMPLING_FIELDS)), np.int32)
+        greedy_F = slot_params(TokenParams(max_new_tokens=0), 0)  # padding asks for nothing, not even top-p
+        self._params_XF = np.tile(greedy_F, (pool.num_slots + 1, 1))
         self.compiles = CompileCounter()
         self.programs = Programs(graphdef, self._params, self._state, ladder, pool.page_size)
         self._write_slot = self.programs.compile_slot_writer()

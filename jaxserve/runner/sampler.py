@@ -5,7 +5,8 @@ bias, minimum length and a seed a row. Work that no row of the batch asks for is
 There is no sort of the vocabulary: thresholds are found by bisection on the bits of the floats.
 
 A row's randomness is keyed by (its seed, the position of the token), so a seed reproduces its text
-whatever the rest of the batch, and a sequence that is retracted and computed again repeats itself.
+whatever the rest of the batch, and a sequence that is retracted and computed again repeats itself (up to
+what the float noise between two program shapes may turn).
 Greedy is the argmax with the lowest id on ties. Knows nothing of requests, stops or text.
 """
 
@@ -101,14 +102,17 @@ def _edit_logits(logits_BV: jax.Array, rows: RowParams, edits_BV: jax.Array, bia
 
 def _draw(logits_BV: jax.Array, rows: RowParams) -> jax.Array:
     """Gumbel-max over the kept tokens: top-k first, top-p of what remains, then min-p."""
+    is_drawn_B = rows.temperature > 0
     scaled_BV = logits_BV / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
     scaled_BV = scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True)
     nothing_cut_B = jnp.full_like(rows.top_p, -jnp.inf)
     top_k_floor_B = jax.lax.cond(
-        jnp.any(rows.top_k > 0), lambda: _top_k_floor(scaled_BV, rows.top_k), lambda: nothing_cut_B
+        jnp.any((rows.top_k > 0) & is_drawn_B),
+        lambda: _top_k_floor(scaled_BV, rows.top_k),
+        lambda: nothing_cut_B,
     )
     top_p_floor_B = jax.lax.cond(
-        jnp.any(rows.top_p < 1),
+        jnp.any((rows.top_p < 1) & is_drawn_B),
         lambda: _top_p_floor(scaled_BV, rows.top_p, top_k_floor_B),
         lambda: nothing_cut_B,
     )

@@ -55,18 +55,19 @@ class Sizes:
         return math.ceil(self.context_length / self.page_size)
 
 
-def choose_precision(config: ServerConfig, platform: str, checkpoint_bits: int) -> Precision:
-    """Types of weights and pool. `checkpoint_bits` is the width of most weights as stored.
+def choose_precision(config: ServerConfig, platform: str, checkpoint_bits: float) -> Precision:
+    """Types of weights and pool. `checkpoint_bits` is what a weight takes in the files, on average.
 
-    A checkpoint of 8 bits or fewer is served in int8 on the CPU, where that is the fastest product and
-    loses little that the file has not lost already; nothing else is quantised unasked.
+    A checkpoint of 8 bits or fewer (8.6 with scales and metadata) is served in int8 on the CPU, where
+    that is the fastest product and loses little that the file has not lost already; nothing else is
+    quantised unasked.
     """
     quantization = config.quantization
     if quantization == "auto":
-        quantization = "int8" if platform == "cpu" and checkpoint_bits <= 8 else "none"
+        quantization = "int8" if platform == "cpu" and checkpoint_bits < 12 else "none"
     dtype = config.dtype
     if dtype == "auto":
-        dtype = "float32" if checkpoint_bits == 32 else "bfloat16"
+        dtype = "float32" if checkpoint_bits > 24 else "bfloat16"
     kv_dtype = config.kv_cache_dtype
     if kv_dtype == "auto":
         # A scatter into a bf16 pool converts the whole pool on XLA's CPU backend (jax 0.10).
@@ -92,6 +93,11 @@ def choose_sizes(
         raise ConfigError("tp_size and dp_size above 1 are not served in this version.", param="tp_size")
     platform = machine.platform
     context_length = config.context_length or model_context
+    if context_length > model_context:
+        raise ConfigError(
+            f"context_length must be at most the model's own, {model_context}, got {context_length}.",
+            param="context_length",
+        )
     page_size = config.page_size or PAGE_SIZE[platform]
     max_rows = config.max_running_requests or (64 if platform == "cpu" else 256)
     chunk_tokens = config.chunked_prefill_size or (256 if platform == "cpu" else 2048)
@@ -101,7 +107,8 @@ def choose_sizes(
     num_tokens = config.max_total_tokens
     if num_tokens is None:
         budget = _pool_budget(config, machine, param_bytes) - (max_rows + 1) * slot_bytes
-        num_tokens = min(budget // kv_bytes_per_token, max_rows * context_length)
+        most_pages = max(max_rows * math.ceil(context_length / page_size), 2)  # all rows full
+        num_tokens = min(budget // kv_bytes_per_token, most_pages * page_size)
     elif num_tokens < 2 * page_size:
         raise ConfigError(
             f"max_total_tokens must hold at least two pages of {page_size} tokens, got {num_tokens}.",

@@ -67,7 +67,7 @@ async def check_health_by_generating(request: Request) -> HTTPResponse:
 
 
 async def _generate_one_token(state: AppState) -> None:
-    prompt_ids = state.text.tokenizer.encode("The capital of France is")
+    prompt_ids = state.text.tokenizer.encode("The capital of France is")[:1]
     deltas = state.engine.generate(f"health-{new_rid()}", prompt_ids, TokenParams(max_new_tokens=1))
     async with aclosing(deltas):
         async for delta in deltas:

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 DECODE_BLOCK_TOKENS = 64
 PREFILL_BLOCK_TOKENS = 128
 PREFILL_TILE_TOKENS = 64
+HIGHEST = jax.lax.Precision.HIGHEST  # float32 products, also where the hardware would round
 MASKED = -1e30  # finite, so that a fully masked block gives exp(0) * 0 and never NaN
 
 
@@ -60,11 +61,11 @@ def paged_decode(
         pos_EB = block_E[:, None] * block_tokens + jnp.arange(block_tokens)
         live_EB = live_E[:, None] & (pos_EB < kv_len_R[row_E][:, None])
         v_EBKH = jnp.where(live_EB[:, :, None, None], v_EBKH, 0.0)  # stale pages may hold anything
-        score_EKGB = jnp.einsum("ekgh,ebkh->ekgb", q_RKGH[row_E], k_EBKH)
+        score_EKGB = jnp.einsum("ekgh,ebkh->ekgb", q_RKGH[row_E], k_EBKH, precision=HIGHEST)
         score_EKGB = jnp.where(live_EB[:, None, None, :], score_EKGB, MASKED)
         max_EKG = jnp.max(score_EKGB, axis=-1)
         p_EKGB = jnp.where(live_EB[:, None, None, :], jnp.exp(score_EKGB - max_EKG[..., None]), 0.0)
-        out_EKGH = jnp.einsum("ekgb,ebkh->ekgh", p_EKGB, v_EBKH)
+        out_EKGH = jnp.einsum("ekgb,ebkh->ekgh", p_EKGB, v_EBKH, precision=HIGHEST)
         new_max_RKG = max_RKG.at[row_E].max(max_EKG)
         keep_RKG = jnp.exp(max_RKG - new_max_RKG)
         weight_EKG = jnp.where(live_E[:, None, None], jnp.exp(max_EKG - new_max_RKG[row_E]), 0.0)
@@ -147,13 +148,13 @@ def _attend_tile(q_KMH, k_PSKH, v_PSKH, table_W, pos_I, kv_len):
         k_1BKH, v_1BKH = _read_block(k_PSKH, v_PSKH, table_W[None], zero_1, block[None], pages_per_block)
         kv_pos_B = block * block_tokens + jnp.arange(block_tokens)
         v_BKH = jnp.where((kv_pos_B < kv_len)[:, None, None], v_1BKH[0], 0.0)
-        score_KMB = jnp.einsum("kmh,bkh->kmb", q_KMH, k_1BKH[0])
+        score_KMB = jnp.einsum("kmh,bkh->kmb", q_KMH, k_1BKH[0], precision=HIGHEST)
         score_KMB = jnp.where(kv_pos_B[None, None, :] <= pos_M[None, :, None], score_KMB, MASKED)
         new_max_KM = jnp.maximum(max_KM, jnp.max(score_KMB, axis=-1))
         p_KMB = jnp.exp(score_KMB - new_max_KM[..., None])
         keep_KM = jnp.exp(max_KM - new_max_KM)
         sum_KM = sum_KM * keep_KM + jnp.sum(p_KMB, axis=-1)
-        out_KMH = out_KMH * keep_KM[..., None] + jnp.einsum("kmb,bkh->kmh", p_KMB, v_BKH)
+        out_KMH = out_KMH * keep_KM[..., None] + jnp.einsum("kmb,bkh->kmh", p_KMB, v_BKH, precision=HIGHEST)
         return new_max_KM, sum_KM, out_KMH
 
     start = (

@@ -161,6 +161,22 @@ def test_a_full_queue_is_told_as_429(tmp_path):
     run(scenario())
 
 
+def test_an_id_may_be_used_again_at_once(tmp_path):
+    """What is still on its way to a listener that has left is not given to the next one of that name."""
+
+    async def scenario():
+        async with start_tiny_engine(tmp_path) as engine:
+            want = token_ids(await engine.generate("other", [7, 8, 9]))
+            stream = engine.client.generate("same", [5, 6], TokenParams(max_new_tokens=200))
+            await anext(stream)
+            await stream.aclose()
+            again = await engine.generate("same", [7, 8, 9])
+            assert again[-1].finish.kind == "length"
+            assert token_ids(again) == want
+
+    run(scenario())
+
+
 def test_an_engine_that_is_lost_fails_every_open_request(tmp_path):
     async def scenario():
         async with start_tiny_engine(tmp_path) as engine:

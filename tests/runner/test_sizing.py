@@ -29,7 +29,8 @@ def size(machine: Machine, *, param_bytes: int = GIB, checkpoint_bits: int = 16,
 
 def test_a_quantised_file_is_served_in_int8_on_the_cpu_only():
     config = ServerConfig(model_path="m")
-    assert choose_precision(config, "cpu", 5).quantization == "int8"
+    assert choose_precision(config, "cpu", 4.6).quantization == "int8"
+    assert choose_precision(config, "cpu", 8.6).quantization == "int8"  # Q8_0 and its scales
     assert choose_precision(config, "cpu", 16).quantization == "none"
     assert choose_precision(config, "gpu", 5).quantization == "none"
     unquantised = ServerConfig(model_path="m", quantization="none", dtype="float32")
@@ -58,6 +59,8 @@ def test_flags_win_over_what_would_be_chosen():
 
 def test_a_pool_is_never_larger_than_all_rows_can_fill():
     assert size(H200, max_running_requests=2, context_length=1024).num_tokens == 2048
+    assert size(V5E, max_running_requests=1, context_length=300).num_tokens == 3 * 128  # whole pages
+    assert size(LAPTOP, max_running_requests=1, context_length=16).num_tokens == 2 * 16
 
 
 def test_whole_prompts_in_one_step():
@@ -72,6 +75,11 @@ def test_a_model_that_leaves_no_room_is_refused_with_what_would_help():
 def test_a_pool_asked_for_must_hold_two_pages():
     with pytest.raises(ConfigError, match="must hold at least two pages of 16 tokens, got 8"):
         size(LAPTOP, max_total_tokens=8)
+
+
+def test_a_context_beyond_the_model_is_refused():
+    with pytest.raises(ConfigError, match="at most the model's own, 32768, got 65536"):
+        size(LAPTOP, context_length=65536)
 
 
 def test_several_devices_are_refused_until_they_are_served():
