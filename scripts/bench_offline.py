@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = {
+PRECISIONS: dict[str, dict[str, Any]] = {
     "f32": {"dtype": "float32", "quantization": "none"},
     "bf16": {"dtype": "bfloat16", "quantization": "none"},
     "int8": {"quantization": "int8"},

@@ -16,7 +16,7 @@ from jaxserve.engine.loop import EngineLoop
 from jaxserve.engine.messages import Ready, Shutdown
 from jaxserve.engine.transport import ThreadLink
 from jaxserve.runner.runner import ModelRunner
-from jaxserve.types import TokenDelta, TokenParams
+from jaxserve.types import FinishReason, TokenDelta, TokenParams
 from jaxserve.weights.resolve import resolve_model
 from tests.tiny import write_tiny_checkpoint
 
@@ -41,6 +41,12 @@ class RunningEngine:
     async def wait_until_idle(self) -> None:
         while self.client.stats.num_running or self.client.stats.num_queued or self.client.live_rids():
             await asyncio.sleep(0.01)
+
+
+def finish_of(deltas: list[TokenDelta]) -> FinishReason:
+    finish = deltas[-1].finish
+    assert finish is not None
+    return finish
 
 
 def token_ids(deltas: list[TokenDelta]) -> list[int]:

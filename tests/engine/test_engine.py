@@ -11,7 +11,7 @@ import pytest
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler.state import check_integrity
 from jaxserve.types import TokenParams
-from tests.engine.running_engine import start_tiny_engine, token_ids
+from tests.engine.running_engine import finish_of, start_tiny_engine, token_ids
 from tests.goldens.read import read_tiny_goldens
 from tests.tiny import TINY_NAMES
 
@@ -106,8 +106,7 @@ def test_a_stop_id_ends_the_text_and_is_its_last_token(tmp_path):
         async with start_tiny_engine(tmp_path) as engine:
             deltas = await engine.generate("r", golden.prompt_ids, max_new_tokens=32, stop_ids=(stop_id,))
             assert token_ids(deltas) == golden.greedy_ids[: first + 1]
-            finish = deltas[-1].finish
-            assert finish is not None
+            finish = finish_of(deltas)
             assert (finish.kind, finish.matched) == ("stop", stop_id)
 
     run(scenario())
@@ -133,8 +132,7 @@ def test_impossible_requests_are_answered_and_the_next_one_is_served(tmp_path):
     async def scenario():
         async with start_tiny_engine(tmp_path, max_total_tokens=64, max_queued_requests=0) as engine:
             too_long = await engine.generate("long", list(range(4, 104)))
-            finish = too_long[-1].finish
-            assert finish is not None
+            finish = finish_of(too_long)
             assert finish.kind == "abort"
             assert finish.http_status == 400
             assert "KV pool" in finish.message
@@ -154,7 +152,7 @@ def test_a_full_queue_is_told_as_429(tmp_path):
             answers = await asyncio.gather(
                 *(engine.generate(f"r{i}", [5, 6, 7], max_new_tokens=40) for i in range(6))
             )
-            statuses = [deltas[-1].finish.http_status for deltas in answers]
+            statuses = [finish_of(deltas).http_status for deltas in answers]
             assert statuses.count(0) >= 2
             assert set(statuses) == {0, 429}
 
@@ -171,7 +169,7 @@ def test_an_id_may_be_used_again_at_once(tmp_path):
             await anext(stream)
             await stream.aclose()
             again = await engine.generate("same", [7, 8, 9])
-            assert again[-1].finish.kind == "length"
+            assert finish_of(again).kind == "length"
             assert token_ids(again) == want
 
     run(scenario())
@@ -185,8 +183,8 @@ def test_an_engine_that_is_lost_fails_every_open_request(tmp_path):
                 await asyncio.sleep(0.01)
             engine.client.lose("The engine process was ended by signal 9.")
             deltas = await task
-            assert deltas[-1].finish.http_status == 503
-            assert "signal 9" in deltas[-1].finish.message
+            assert finish_of(deltas).http_status == 503
+            assert "signal 9" in finish_of(deltas).message
             assert engine.client.status == "dead"
 
     run(scenario())
