@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 import platform
 import time
@@ -135,12 +136,7 @@ def checkpoint_bits(files: ModelFiles, specs: list) -> float:
     """Bits a weight takes in the files, on average, metadata included; 16 where there are no files."""
     if files.kind == "dummy":
         return 16
-    num_weights = 0
-    for spec in specs:
-        size = 1
-        for length in spec.shape:
-            size *= length
-        num_weights += size
+    num_weights = sum(math.prod(spec.shape) for spec in specs)
     return 8 * sum(path.stat().st_size for path in files.files) / num_weights
 
 

@@ -40,13 +40,7 @@ def run(config: ServerConfig, *, command: list[str]) -> int:
     logger.info("server_args=%r", config)
     listener = _listen(config.host, config.port)
     with Progress(config.log_level) as progress:
-        files = resolve_model(
-            config.model_path,
-            revision=config.revision,
-            download_dir=config.download_dir,
-            load_format=config.load_format,
-            on_progress=progress.update,
-        )
+        files = find_model(config, progress)
     tokenizer = read_tokenizer(config, files)
     text = TextTools(tokenizer=tokenizer, chat_template=load_chat_template(config.chat_template, tokenizer))
     client = EngineClient()
@@ -59,6 +53,17 @@ def run(config: ServerConfig, *, command: list[str]) -> int:
         print(f"jaxserve: error: {supervisor.failure}", file=sys.stderr)
         return supervisor.exit_status
     return 0
+
+
+def find_model(config: ServerConfig, progress: Progress) -> ModelFiles:
+    """The files of --model-path, downloaded if they are not on this machine."""
+    return resolve_model(
+        config.model_path,
+        revision=config.revision,
+        download_dir=config.download_dir,
+        load_format=config.load_format,
+        on_progress=progress.update,
+    )
 
 
 def local_model_path(files: ModelFiles) -> str:

@@ -26,7 +26,7 @@ from jaxserve.engine.client import EngineClient
 from jaxserve.engine.messages import Failed, Ready, Shutdown
 from jaxserve.engine.transport import ThreadLink
 from jaxserve.errors import InvalidRequestError, UnavailableError
-from jaxserve.launch import make_settings, read_tokenizer
+from jaxserve.launch import find_model, make_settings, read_tokenizer
 from jaxserve.metrics import ServerMetrics
 from jaxserve.progress import Progress
 from jaxserve.server.generation import Generator, Job, new_rid
@@ -35,7 +35,6 @@ from jaxserve.server.replies import render_finish
 from jaxserve.server.settings import TextTools
 from jaxserve.text.chat_template import load_chat_template
 from jaxserve.types import SamplingParams
-from jaxserve.weights.resolve import resolve_model
 
 T = TypeVar("T")
 Prompt = str | list[int]
@@ -56,13 +55,7 @@ class LLM:
             )
         self.config = ServerConfig(model_path=model_path, **settings)
         with Progress(self.config.log_level) as progress:
-            files = resolve_model(
-                model_path,
-                revision=self.config.revision,
-                download_dir=self.config.download_dir,
-                load_format=self.config.load_format,
-                on_progress=progress.update,
-            )
+            files = find_model(self.config, progress)
             self._tokenizer = read_tokenizer(self.config, files)
             self._template = load_chat_template(self.config.chat_template, self._tokenizer)
             self._loop = asyncio.new_event_loop()

@@ -126,10 +126,6 @@ class FrameProtocol(asyncio.Protocol):
         if self._transport is not None and not self._transport.is_closing():
             self._transport.write(encode_frame(message))
 
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
-
     def data_received(self, data: bytes) -> None:
         buffer = self._buffer
         buffer += data

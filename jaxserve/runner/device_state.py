@@ -1,7 +1,7 @@
 """What the device remembers between steps: the paged KV pool and a few arrays indexed by slot.
 
-Allocated by the runner, donated to every step and replaced by what the step returns. Sizes are decided
-here too, from the memory that is free. Knows nothing of requests; a slot is a row number to it.
+Allocated by the runner in the sizes that sizing.py chose, donated to every step and replaced by what the
+step returns. Knows nothing of requests; a slot is a row number to it.
 """
 
 from __future__ import annotations
@@ -31,16 +31,12 @@ class DeviceState(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSize:
-    """How many pages of how many tokens, and the numbers that follow from it."""
+    """How many pages of how many tokens, for how many sequences."""
 
     num_pages: int  # trash page included
     page_size: int
     num_slots: int  # running sequences; one more is kept as trash
     table_width: int  # pages of the longest sequence
-
-    @property
-    def num_tokens(self) -> int:
-        return (self.num_pages - 1) * self.page_size
 
 
 def kv_bytes_per_token(cfg: ModelConfig, dtype: jnp.dtype) -> int:
