@@ -21,7 +21,10 @@ class SamplingParams:
     """What a user may ask of generation, under SGLang's names and defaults.
 
     `top_k` -1 means all; `max_new_tokens` None means until the context is full, 0 means prefill only.
-    `seed` None draws a fresh one per request. Raises InvalidRequestError from `validate`.
+    `seed` None draws a fresh one per request. `beam_width` above 1 searches instead of sampling.
+    `logprobs` None asks for none; a number asks for those of the output's tokens and so many
+    alternatives, from prompt position `logprob_start` on if that is given, and for those of `logprob_ids`
+    at each position. Raises InvalidRequestError from `validate`.
     """
 
     max_new_tokens: int | None = 128
@@ -42,6 +45,12 @@ class SamplingParams:
     n: int = 1
     logit_bias: dict[int, float] = field(default_factory=dict)
     seed: int | None = None
+    stop_regex: tuple[str, ...] = ()
+    beam_width: int = 1
+    logprobs: int | None = None
+    logprob_start: int | None = None
+    logprob_ids: tuple[int, ...] = ()
+    are_logprobs_scaled: bool = False
 
     def validate(self, vocab_size: int | None = None) -> None:
         """Raise InvalidRequestError with a sentence naming the field, its value and its range."""
@@ -77,12 +86,46 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
         raise InvalidRequestError(f"{name} must be {allowed}, got {value}.", param=name)
 
 
+# The most alternatives, watched ids and beams that a step computes for one row: sizes of its programs.
+MAX_TOP_LOGPROBS = 128
+MAX_WATCHED_IDS = 128
+MAX_BEAM_WIDTH = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreParams:
+    """Which log-probabilities a request wants; natural logarithms over the whole vocabulary.
+
+    They are of the model's own distribution (temperature 1, no penalties, no bias), or with `is_scaled` of the
+    one that is sampled from, before top-k, top-p and min-p cut it. `prompt_rows` are ascending positions
+    of the prompt: the scores of row p are those of the token at p + 1, seen from 0..p, so the last
+    position of a prompt is no row (what follows it is output). Each position wanted gets its token's
+    log-probability, `num_top` alternatives (best first, lowest id on ties) and those of `watched_ids`.
+    """
+
+    of_output: bool = False
+    prompt_rows: tuple[int, ...] = ()
+    num_top: int = 0
+    watched_ids: tuple[int, ...] = ()
+    is_scaled: bool = False
+
+
+class TokenScores(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is known of one position; -inf is a possible value. The lists are as long as was asked."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+    watched_logprobs: list[float]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenParams:
     """The part of SamplingParams that the engine acts on: numbers and token ids, no text.
 
     `top_k` 0 means all. `stop_ids` already holds the model's end-of-sequence ids unless the request
     ignores them. `max_new_tokens` is already clipped to what the context allows, and is at least 0.
+    `beam_width` above 1 is beam search: greedy, without penalties, bias and minimum length.
     """
 
     max_new_tokens: int
@@ -97,6 +140,8 @@ class TokenParams:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     logit_bias: tuple[tuple[int, float], ...] = ()
+    scores: ScoreParams | None = None
+    beam_width: int = 1
 
     @property
     def is_greedy(self) -> bool:
@@ -128,11 +173,28 @@ class FinishReason:
     http_status: int = 0
 
 
+class BeamResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One hypothesis of a beam search: its tokens, the closing stop token included, and their scores.
+
+    `cumulative_logprob` is the plain sum of the tokens' log-probabilities.
+    """
+
+    token_ids: list[int]
+    scores: list[TokenScores]
+    cumulative_logprob: float
+    finish: FinishReason
+
+
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
     """New tokens of one request, as the engine tells them: at most one delta a request and step.
 
     `token_ids` includes the stop token that ended the request. The counts are totals so far. A struct
     because the step loop makes one a row: a frozen dataclass takes four times as long.
+
+    `scores` has an entry for each of `token_ids` if the request wants them, else it is empty.
+    `prompt_scores` continue those of earlier deltas, in the order of ScoreParams.prompt_rows; the last
+    come no later than the first output token. A beam search sends one delta at its end, with the `beams`
+    best first and no token_ids of its own; `num_output_tokens` is then their sum.
     """
 
     rid: str
@@ -142,6 +204,9 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
     num_output_tokens: int
     num_retractions: int = 0
     finish: FinishReason | None = None
+    scores: list[TokenScores] = []
+    prompt_scores: list[TokenScores] = []
+    beams: list[BeamResult] = []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

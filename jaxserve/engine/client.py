@@ -15,9 +15,10 @@ import msgspec
 
 from jaxserve.engine.messages import (
     Abort,
+    Answer,
+    Call,
     Failed,
     FlushCache,
-    Flushed,
     FromEngine,
     Ready,
     Starting,
@@ -98,7 +99,7 @@ class EngineClient:
             self.ready_since_s = time.monotonic()
             if self.status == "starting":
                 self._set_status("ready", "The engine is ready.")
-        elif isinstance(message, Flushed):
+        elif isinstance(message, Answer):
             future = self._flushes.pop(message.call_id, None)
             if future is not None and not future.done():
                 future.set_result(message.ok)
@@ -153,7 +154,7 @@ class EngineClient:
             self._num_flushes += 1
             future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             self._flushes[self._num_flushes] = future
-            self._send(FlushCache(self._num_flushes))
+            self._send(Call(self._num_flushes, FlushCache()))
             try:
                 is_flushed = await asyncio.wait_for(
                     future, max(deadline_s - time.monotonic(), FLUSH_ANSWER_S)
@@ -173,11 +174,17 @@ class EngineClient:
 
 def _merge(delta: TokenDelta, waiting: asyncio.Queue[TokenDelta]) -> TokenDelta:
     """`delta` and whatever has come behind it: a slow listener gets fewer deltas, not later ones."""
-    token_ids = delta.token_ids
-    while delta.finish is None and not waiting.empty():
-        delta = waiting.get_nowait()
-        token_ids = token_ids + delta.token_ids
-    return delta if delta.token_ids is token_ids else msgspec.structs.replace(delta, token_ids=token_ids)
+    if delta.finish is not None or waiting.empty():
+        return delta
+    deltas = [delta]
+    while deltas[-1].finish is None and not waiting.empty():
+        deltas.append(waiting.get_nowait())
+    return msgspec.structs.replace(
+        deltas[-1],
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        scores=[scores for delta in deltas for scores in delta.scores],
+        prompt_scores=[scores for delta in deltas for scores in delta.prompt_scores],
+    )
 
 
 def _ended(rid: str, reason: str, http_status: int) -> TokenDelta:

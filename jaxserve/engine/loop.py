@@ -15,8 +15,9 @@ from typing import Protocol
 
 from jaxserve.engine.messages import (
     Abort,
+    Answer,
+    Call,
     FlushCache,
-    Flushed,
     FromEngine,
     Shutdown,
     StepOutput,
@@ -26,7 +27,7 @@ from jaxserve.engine.messages import (
 from jaxserve.engine.meter import Meter
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler import schedule as scheduler
-from jaxserve.scheduler.plan import StepLimits, StepPlan
+from jaxserve.scheduler.plan import StepLimits, StepPlan, StepResult
 from jaxserve.scheduler.state import SchedulerState, check_integrity, has_work, num_running, num_waiting
 from jaxserve.types import FinishReason, TokenDelta
 
@@ -37,7 +38,7 @@ logger = logging.getLogger("jaxserve.engine")
 
 
 class PendingStep(Protocol):
-    def read(self) -> list[int]: ...
+    def read(self) -> StepResult: ...
 
 
 class StepRunner(Protocol):
@@ -101,8 +102,8 @@ class EngineLoop:
             self._in_flight.append(Launched(plan, self._runner.step(plan)))
         if self._in_flight and (plan.is_empty or len(self._in_flight) >= STEPS_IN_FLIGHT):
             step = self._in_flight.popleft()
-            sampled = step.pending.read()
-            deltas = deltas + scheduler.apply(self.scheduler_state, step.plan, sampled)
+            result = step.pending.read()
+            deltas = deltas + scheduler.apply(self.scheduler_state, step.plan, result)
             self.meter.finish(step.plan, deltas, self.scheduler_state)
         if deltas or time.perf_counter() - self._last_report_s > HEARTBEAT_S:
             self._report(deltas)
@@ -121,12 +122,12 @@ class EngineLoop:
                 delta = scheduler.abort(self.scheduler_state, message.rid)
                 if delta is not None:
                     deltas.append(delta)
-            elif isinstance(message, FlushCache):
+            elif isinstance(message, Call) and isinstance(message.operation, FlushCache):
                 ok = not self._in_flight and scheduler.flush(self.scheduler_state)
                 if ok:  # a quiet moment, and somebody who waits: see that no page was lost
                     check_integrity(self.scheduler_state)
                     self._report([])
-                self._link.send(Flushed(message.call_id, ok))
+                self._link.send(Answer(message.call_id, ok, "" if ok else "Requests are running or waiting."))
             elif isinstance(message, Shutdown):
                 self._is_stopping = True
         return deltas

@@ -35,9 +35,50 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
 
 
 class FlushCache(msgspec.Struct, frozen=True, tag=True):
-    """Empty the prefix cache, if nothing runs; answered by `Flushed` with the same call_id."""
+    """Empty the prefix cache. Refused while anything runs."""
+
+
+class Pause(msgspec.Struct, frozen=True, tag=True):
+    """Plan no more steps until `Resume`. What runs is ended ("abort"), put back in the queue with its
+    tokens kept ("retract"), or left where it is ("in_place"). Requests are still taken, and wait."""
+
+    mode: str
+
+
+class Resume(msgspec.Struct, frozen=True, tag=True):
+    """Undo a `Pause`."""
+
+
+class ReleaseMemory(msgspec.Struct, frozen=True, tag=True):
+    """Give device memory back: of the "weights", of the "kv_cache", or both. Refused while anything runs.
+
+    `keeps_weights`: a copy stays in host memory, so that they come back without reading files.
+    """
+
+    tags: tuple[str, ...]
+    keeps_weights: bool = True
+
+
+class ResumeMemory(msgspec.Struct, frozen=True, tag=True):
+    """Take memory again, and load what it held (the prefix cache starts empty)."""
+
+    tags: tuple[str, ...]
+
+
+class UpdateWeights(msgspec.Struct, frozen=True, tag=True):
+    """Serve another checkpoint of the same shapes. The present one serves until the new one is whole in
+    memory; then what runs ends first, unless the engine is paused. `model_path` is on this machine."""
+
+    model_path: str
+    load_format: str = "auto"
+    flushes_cache: bool = True
+
+
+class Call(msgspec.Struct, frozen=True, tag=True):
+    """An operation that is answered, by `Answer` with the same call_id."""
 
     call_id: int
+    operation: FlushCache | Pause | Resume | ReleaseMemory | ResumeMemory | UpdateWeights
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
@@ -60,9 +101,13 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
-class Flushed(msgspec.Struct, frozen=True, tag=True):
+class Answer(msgspec.Struct, frozen=True, tag=True):
+    """How a `Call` went; `message` is a sentence for a person, always given when not ok."""
+
     call_id: int
     ok: bool
+    message: str = ""
+    num_requests: int = 0  # that a Pause ended or put back, or that an UpdateWeights found paused
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -71,5 +116,5 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = Configure | Submit | Abort | FlushCache | Shutdown
-FromEngine = Starting | Ready | StepOutput | Flushed | Failed
+ToEngine = Configure | Submit | Abort | Call | Shutdown
+FromEngine = Starting | Ready | StepOutput | Answer | Failed

@@ -21,7 +21,7 @@ from jaxserve.runner.batch import pack_step, slot_params
 from jaxserve.runner.buckets import Ladder, split_step
 from jaxserve.runner.device_state import PoolSize, allocate, edit_rows
 from jaxserve.runner.programs import CompileCounter, Programs
-from jaxserve.scheduler.plan import SlotInit, StepLimits, StepPlan
+from jaxserve.scheduler.plan import SlotInit, StepLimits, StepPlan, StepResult
 from jaxserve.types import TokenParams
 
 logger = logging.getLogger("jaxserve.runner")
@@ -33,7 +33,7 @@ class PendingStep:
 
     launches: tuple[tuple[jax.Array, int, int, int], ...]  # token_B, decode rows, padded rows, chunks
 
-    def read(self) -> list[int]:
+    def read(self) -> StepResult:
         """Wait for the device; the tokens in the plan's order: decode rows, then chunks."""
         decode: list[int] = []
         chunks: list[int] = []
@@ -41,7 +41,7 @@ class PendingStep:
             tokens = np.asarray(token_B).tolist()
             decode += tokens[:num_decode]
             chunks += tokens[padded_rows : padded_rows + num_chunks]
-        return decode + chunks
+        return StepResult(decode + chunks)
 
 
 class ModelRunner:

@@ -103,7 +103,7 @@ def _gather_admissions(state: SchedulerState, limits: StepLimits, budget: int, o
         if seq.leader is not None and seq.leader.is_pending:
             num_held += 1
             continue
-        node = state.cache.match(seq.token_ids, seq.cache_salt)
+        node = state.cache.match(seq.token_ids, seq.cache_salt, seq.num_cacheable_tokens)
         seq.leader = _find_leader(state, seq, node, offers)
         if seq.leader is not None:
             num_held += 1
@@ -146,7 +146,7 @@ def _find_leader(state: SchedulerState, seq: Seq, node: Node, offers: list[Offer
             continue
         leader = offer.seq
         start = end = node.depth * size
-        limit = min(seq.num_known - 1, leader.num_known) // size * size
+        limit = min(seq.num_cacheable_tokens, leader.num_known) // size * size
         while end < limit and seq.token_ids[end : end + size] == leader.token_ids[end : end + size]:
             end += size
         if end > start and seq.cache_salt == leader.cache_salt:
@@ -186,6 +186,7 @@ def _plan_chunk(state: SchedulerState, seq: Seq, num_tokens: int) -> PrefillChun
     # what another chunk of it writes, for the matches of this step were made before its chunks.
     seq.tail = state.cache.extend(seq.tail, seq.token_ids, seq.page_ids, end, seq.cache_salt)
     samples = end == seq.prefill_end and seq.params.max_new_tokens > 0
+    score_rows = _take_score_rows(seq, end)
     seq.num_planned = end
     seq.num_in_flight += int(samples)
     return PrefillChunk(
@@ -196,4 +197,16 @@ def _plan_chunk(state: SchedulerState, seq: Seq, num_tokens: int) -> PrefillChun
         token_ids=seq.token_ids[start:end],
         page_ids=list(seq.page_ids),
         samples=samples,
+        score_places=[row - start for row in score_rows],
+        score_targets=[seq.token_ids[row + 1] for row in score_rows],
     )
+
+
+def _take_score_rows(seq: Seq, end: int) -> tuple[int, ...]:
+    """The prompt rows below `end` that are still to be scored; the prefill computes all of them."""
+    if seq.params.scores is None:
+        return ()
+    rows = seq.params.scores.prompt_rows
+    first = seq.num_score_planned
+    seq.num_score_planned = bisect.bisect_left(rows, end, lo=first)
+    return rows[first : seq.num_score_planned]

@@ -8,17 +8,20 @@ token) and prefill chunks (runs of known tokens), in that order:
 
     decode[0] .. decode[R-1]   chunks[0] tokens | chunks[1] tokens | ...
 
-Every decode row, and every chunk with `samples`, yields one sampled token. Sampled tokens come back in
-the same order: all decode rows, then all chunks (chunks that do not sample yield a value to ignore).
+Every decode row, and every chunk with `samples`, yields one sampled token. Results come back in the same
+order: all decode rows, then all chunks (chunks that do not sample yield a value to ignore). A row whose
+logits are not numbers yields NO_TOKEN.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 
-from jaxserve.types import TokenParams
+from jaxserve.types import TokenParams, TokenScores
+
+NO_TOKEN = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class DecodeRow(msgspec.Struct, frozen=True):
     epoch: int  # the sequence's count of retractions when this row was planned
     position: int  # of the token fed in this step; the row attends to position + 1 tokens
     page_id: int  # of the page that holds `position`
+    token_id: int = NO_TOKEN  # what to feed; NO_TOKEN: what the device sampled last for the slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,27 @@ class PrefillChunk:
     token_ids: list[int]
     page_ids: list[int]  # the sequence's whole block table, long enough for start + len(token_ids)
     samples: bool  # whether the chunk's last token is the last known one, so that its logits are sampled
+    # Places in token_ids whose next token is scored, ascending, and that token. Costs a product with the
+    # head for each, so these are exactly the rows that the request wants.
+    score_places: list[int] = field(default_factory=list)
+    score_targets: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """The whole block table of a slot, written before the step's rows run. For beams, whose tables change
+    with their parents; other decode rows only ever append to what their prefill wrote."""
+
+    slot: int
+    page_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copies a page in every layer before the step's rows run; all sources are read before any is written."""
+
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +81,8 @@ class StepPlan:
     inits: tuple[SlotInit, ...]
     decode: tuple[DecodeRow, ...]
     chunks: tuple[PrefillChunk, ...]
+    tables: tuple[PageTable, ...] = ()
+    copies: tuple[PageCopy, ...] = ()
 
     @property
     def num_chunk_tokens(self) -> int:
@@ -75,3 +102,16 @@ class StepLimits:
     max_chunks: int  # prefill chunks in one step
     max_chunk_tokens: int  # prefill tokens in one step
     token_buckets: tuple[int, ...]  # ascending sizes of the prefill token axis
+    can_fork: bool = True  # whether tables can be written and pages copied: beams wait for it
+
+
+class StepResult(msgspec.Struct, frozen=True):
+    """What a step gave, in the plan's order: decode rows, then chunks.
+
+    `scores` is empty when no row of the step wants any, else one entry a result (None for those that want
+    none). `prompt_scores` has one list a chunk with score_places, in the order of the chunks.
+    """
+
+    token_ids: list[int]
+    scores: list[TokenScores | None] = []
+    prompt_scores: list[list[TokenScores]] = []

@@ -68,12 +68,16 @@ class PrefixCache:
             self._evict()
         return self.pool.allocate()
 
-    def match(self, token_ids: list[int], salt: str) -> Node:
-        """Find the longest cached run of whole pages that leaves at least one token to compute."""
+    def match(self, token_ids: list[int], salt: str, num_tokens: int | None = None) -> Node:
+        """Find the longest cached run of whole pages that leaves at least one token to compute.
+
+        `num_tokens`, less than the length, is the most that the run may hold.
+        """
         node = self.root
         if not self.is_enabled:
             return node
-        for index in range((len(token_ids) - 1) // self.page_size):
+        limit = len(token_ids) - 1 if num_tokens is None else num_tokens
+        for index in range(limit // self.page_size):
             child = node.children.get(self._page_key(token_ids, index, salt))
             if child is None:
                 break

@@ -1,4 +1,4 @@
-"""The scheduler: `schedule(state, limits) -> StepPlan` and `apply(state, plan, sampled) -> deltas`.
+"""The scheduler: `schedule(state, limits) -> StepPlan` and `apply(state, plan, result) -> deltas`.
 
 Called by engine/loop.py, which launches every plan it gets, in order, before it asks for the next. Pure
 functions over SchedulerState: the same calls give the same plans. Knows nothing of arrays, devices,
@@ -30,9 +30,9 @@ import dataclasses
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler.admit import plan_prefill
-from jaxserve.scheduler.plan import DecodeRow, StepLimits, StepPlan
+from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, StepLimits, StepPlan, StepResult
 from jaxserve.scheduler.state import SchedulerState, Seq, SeqStatus, has_work, make_delta
-from jaxserve.types import FinishReason, TokenDelta, TokenParams
+from jaxserve.types import FinishReason, TokenDelta, TokenParams, TokenScores
 
 
 def add(
@@ -99,29 +99,39 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
     return plan
 
 
-def apply(state: SchedulerState, plan: StepPlan, sampled: list[int]) -> list[TokenDelta]:
-    """Take in the tokens that `plan` sampled, aligned as plan.py says. Plans are applied in order.
+def apply(state: SchedulerState, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
+    """Take in what `plan` gave, aligned as plan.py says. Plans are applied in order.
 
     Results for a sequence that has ended or was retracted since the plan was made are dropped.
     """
-    num_results = len(plan.decode) + len(plan.chunks)
-    assert len(sampled) == num_results, f"step {plan.step} has {num_results} results, got {len(sampled)}"
+    num_rows, num_results = len(plan.decode), len(plan.decode) + len(plan.chunks)
+    token_ids = result.token_ids
+    assert len(token_ids) == num_results, f"step {plan.step} has {num_results} results, got {len(token_ids)}"
+    scores = result.scores or [None] * num_results
     deltas: list[TokenDelta] = []
     running = state.running
-    for row, token_id in zip(plan.decode, sampled, strict=False):
+    for row, token_id, row_scores in zip(plan.decode, token_ids, scores, strict=False):
         seq = running.get(row.seq_id)
         if seq is not None and seq.epoch == row.epoch:
             assert row.position == len(seq.token_ids) - 1, f"step {plan.step} is applied out of order"
-            deltas.append(_append_token(state, seq, token_id))
-    for chunk, token_id in zip(plan.chunks, sampled[len(plan.decode) :], strict=True):
+            deltas.append(_append_token(state, seq, token_id, row_scores))
+    told = iter(result.prompt_scores)
+    for chunk, token_id, row_scores in zip(plan.chunks, token_ids[num_rows:], scores[num_rows:], strict=True):
+        prompt_scores = next(told) if chunk.score_places else []
         seq = running.get(chunk.seq_id)
         if seq is None or seq.epoch != chunk.epoch:
             continue
+        seq.num_scored += len(prompt_scores)
+        is_last = chunk.start + len(chunk.token_ids) == seq.prefill_end
         if chunk.samples:
-            deltas.append(_append_token(state, seq, token_id))
-        elif seq.params.max_new_tokens == 0 and chunk.start + len(chunk.token_ids) == seq.prefill_end:
+            deltas.append(_append_token(state, seq, token_id, row_scores, prompt_scores))
+        elif is_last and token_id == NO_TOKEN:
+            deltas.append(_fail(state, seq))
+        elif is_last and seq.params.max_new_tokens == 0:
             _end(state, seq)
-            deltas.append(make_delta(seq, [], FinishReason(kind="length")))
+            deltas.append(make_delta(seq, [], FinishReason(kind="length"), prompt_scores=prompt_scores))
+        elif prompt_scores:
+            deltas.append(make_delta(seq, [], prompt_scores=prompt_scores))
     return deltas
 
 
@@ -209,12 +219,21 @@ def _retract(state: SchedulerState, seq: Seq) -> None:
     seq.status = SeqStatus.WAITING
     seq.epoch += 1
     seq.num_planned = seq.num_in_flight = seq.prefill_end = 0
+    seq.num_score_planned = seq.num_scored
     state.num_retractions += 1
     _enqueue(state, seq)
 
 
-def _append_token(state: SchedulerState, seq: Seq, token_id: int) -> TokenDelta:
+def _append_token(
+    state: SchedulerState,
+    seq: Seq,
+    token_id: int,
+    scores: TokenScores | None,
+    prompt_scores: list[TokenScores] | None = None,
+) -> TokenDelta:
     """Make a sampled token known, and end the sequence if it was the last."""
+    if token_id == NO_TOKEN:
+        return _fail(state, seq)
     seq.token_ids.append(token_id)
     seq.num_in_flight -= 1
     state.num_generated_tokens += 1
@@ -227,7 +246,22 @@ def _append_token(state: SchedulerState, seq: Seq, token_id: int) -> TokenDelta:
         finish = FinishReason(kind="length")
     if finish is not None:
         _end(state, seq)
-    return make_delta(seq, [token_id], finish)
+    told = None if scores is None or params.scores is None or not params.scores.of_output else [scores]
+    return make_delta(seq, [token_id], finish, scores=told, prompt_scores=prompt_scores)
+
+
+def _fail(state: SchedulerState, seq: Seq) -> TokenDelta:
+    """End a sequence whose logits are not numbers; its neighbours' rows are their own."""
+    seq.num_planned = 0  # its pages hold no numbers either: keep none of them for others
+    _release(state, seq)
+    seq.status = SeqStatus.FINISHED
+    del state.by_rid[seq.rid]
+    state.num_aborted += 1
+    message = (
+        f"The model's logits were not finite numbers (NaN) at output token {seq.num_output_tokens + 1}; "
+        "the request was ended. Its weights may be damaged, or its numbers too large for the dtype."
+    )
+    return make_delta(seq, [], FinishReason(kind="abort", message=message, http_status=500))
 
 
 def _end(state: SchedulerState, seq: Seq) -> None:

@@ -11,7 +11,7 @@ from enum import Enum
 
 from jaxserve.scheduler.pages import PagePool
 from jaxserve.scheduler.prefix_cache import Node, PrefixCache
-from jaxserve.types import FinishReason, TokenDelta, TokenParams
+from jaxserve.types import FinishReason, TokenDelta, TokenParams, TokenScores
 
 
 class SeqStatus(Enum):
@@ -50,6 +50,8 @@ class Seq:
     num_planned: int = 0  # positions 0 .. num_planned - 1 have their KV computed by planned steps
     num_in_flight: int = 0  # tokens sampled by planned steps that are not applied yet
     num_cached_tokens: int | None = None  # matched at the first admission, and never changed after
+    num_scored: int = 0  # of params.scores.prompt_rows, those whose scores were told
+    num_score_planned: int = 0  # those that planned steps compute, told or not
     leader: PrefillLead | None = None  # whose prefill this waiting sequence is held for
 
     @property
@@ -59,6 +61,16 @@ class Seq:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_cacheable_tokens(self) -> int:
+        """The most tokens whose KV may come out of the prefix cache: the last known token must be computed,
+        and so must the first prompt row that is still to be scored."""
+        limit = len(self.token_ids) - 1
+        scores = self.params.scores
+        if scores is not None and self.num_scored < len(scores.prompt_rows):
+            limit = min(limit, scores.prompt_rows[self.num_scored])
+        return limit
 
     @property
     def is_prefilling(self) -> bool:
@@ -162,8 +174,15 @@ def has_work(state: SchedulerState) -> bool:
     return bool(state.running or state.waiting)
 
 
-def make_delta(seq: Seq, token_ids: list[int], finish: FinishReason | None = None) -> TokenDelta:
-    """New tokens of one request (already part of `seq`) with its counts so far."""
+def make_delta(
+    seq: Seq,
+    token_ids: list[int],
+    finish: FinishReason | None = None,
+    *,
+    scores: list[TokenScores] | None = None,
+    prompt_scores: list[TokenScores] | None = None,
+) -> TokenDelta:
+    """New tokens of one request (already part of `seq`) and scores, with its counts so far."""
     return TokenDelta(
         rid=seq.rid,
         token_ids=token_ids,
@@ -172,6 +191,8 @@ def make_delta(seq: Seq, token_ids: list[int], finish: FinishReason | None = Non
         num_output_tokens=len(seq.token_ids) - seq.num_prompt_tokens,
         num_retractions=seq.epoch,
         finish=finish,
+        scores=scores or [],
+        prompt_scores=prompt_scores or [],
     )
 
 

@@ -71,7 +71,7 @@ def test_greedy_tokens_come_one_a_step_without_the_host_having_seen_them(runner)
     pending = [runner.step(prefill(2, golden.prompt_ids, first_page=5))]
     for position in range(length, length + 31):
         pending.append(runner.step(StepPlan(0, (), (row(2, position, 5),), ())))
-    assert [step.read()[0] for step in pending] == golden.greedy_ids
+    assert [step.read().token_ids[0] for step in pending] == golden.greedy_ids
 
 
 def test_neighbours_and_padding_change_nothing(runner):
@@ -80,17 +80,19 @@ def test_neighbours_and_padding_change_nothing(runner):
     long, short = goldens[33], goldens[7]
     runner.programs.compile_one(Shape(4, 0))
     got = [
-        runner.step(prefill(0, long.prompt_ids, 1)).read(),
-        runner.step(prefill(3, short.prompt_ids, 9)).read(),
+        runner.step(prefill(0, long.prompt_ids, 1)).read().token_ids,
+        runner.step(prefill(3, short.prompt_ids, 9)).read().token_ids,
     ]
     tokens = {0: got[0], 3: got[1]}
     for step in range(20):
         rows = [row(0, 33 + step, 1), row(3, 7 + step, 9)]
-        for slot, token in zip((0, 3), runner.step(StepPlan(0, (), tuple(rows), ())).read(), strict=True):
+        for slot, token in zip(
+            (0, 3), runner.step(StepPlan(0, (), tuple(rows), ())).read().token_ids, strict=True
+        ):
             tokens[slot].append(token)
     assert tokens[0] == long.greedy_ids[:21]
     assert tokens[3] == short.greedy_ids[:21]
-    assert runner.step(StepPlan(0, (), (row(3, 27, 9),), ())).read() == [short.greedy_ids[21]]
+    assert runner.step(StepPlan(0, (), (row(3, 27, 9),), ())).read().token_ids == [short.greedy_ids[21]]
 
 
 def test_a_mixed_step_runs_as_one_program_once_it_is_ready(runner):
@@ -100,9 +102,9 @@ def test_a_mixed_step_runs_as_one_program_once_it_is_ready(runner):
     mixed = StepPlan(0, plan.inits, (row(0, 33, 1),), plan.chunks)
 
     def run() -> tuple[list[int], int]:
-        runner.step(prefill(0, long.prompt_ids, 1)).read()
+        runner.step(prefill(0, long.prompt_ids, 1)).read().token_ids
         step = runner.step(mixed)
-        return step.read(), len(step.launches)
+        return step.read().token_ids, len(step.launches)
 
     apart, num_apart = run()
     runner.programs.compile_one(Shape(4, 16))
@@ -123,14 +125,14 @@ def test_limits_grow_with_the_programs_that_are_ready(runner):
 
 
 def test_once_warm_a_step_compiles_nothing(runner):
-    runner.step(prefill(0, [5, 6, 7], 1)).read()
+    runner.step(prefill(0, [5, 6, 7], 1)).read().token_ids
     before = runner.compile_counts()[0]
     runner.compiles.expect_no_more()
     extras = TokenParams(max_new_tokens=4, temperature=0.7, presence_penalty=1.0, logit_bias=((5, 1.0),))
     plan = prefill(0, [5, 6, 7, 8], 1)
     plan = StepPlan(0, (SlotInit(0, extras, [5, 6, 7, 8], []),), (), plan.chunks)
-    runner.step(plan).read()
-    runner.step(StepPlan(0, (), (row(0, 4, 1),), ())).read()
+    runner.step(plan).read().token_ids
+    runner.step(StepPlan(0, (), (row(0, 4, 1),), ())).read().token_ids
     assert runner.compile_counts()[:2] == (before, 0)
     jax.jit(lambda x: x * 3.14159)(np.ones(17)).block_until_ready()
     assert runner.compile_counts()[1] == 1  # a compile anywhere in the process is noticed

@@ -1,6 +1,6 @@
 """Short ways to drive the scheduler by hand, one step at a time, on a device that samples what it is told."""
 
-from jaxserve.scheduler.plan import StepLimits
+from jaxserve.scheduler.plan import StepLimits, StepResult
 from jaxserve.scheduler.schedule import add, apply, schedule
 from jaxserve.scheduler.state import check_integrity, has_work
 from jaxserve.types import TokenParams
@@ -19,7 +19,7 @@ def submit(state, rid, prompt_ids, max_new_tokens=8, priority=0, **params):
 
 
 def finish_step(state, plan, token_id=TOKEN):
-    deltas = apply(state, plan, [token_id] * (len(plan.decode) + len(plan.chunks)))
+    deltas = apply(state, plan, StepResult([token_id] * (len(plan.decode) + len(plan.chunks))))
     check_integrity(state)
     return deltas
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.scheduler.plan import StepLimits, StepPlan
+from jaxserve.scheduler.plan import StepLimits, StepPlan, StepResult
 from jaxserve.scheduler.schedule import abort, add, apply, flush, schedule
 from jaxserve.scheduler.state import (
     check_integrity,
@@ -230,7 +230,7 @@ class Simulation:
 
     def apply_oldest(self):
         plan, sampled = self.in_flight.popleft()
-        deltas = apply(self.state, plan, sampled)
+        deltas = apply(self.state, plan, StepResult(sampled))
         check_integrity(self.state)
         assert len({delta.rid for delta in deltas}) == len(deltas), "two deltas for one request in a step"
         for delta in deltas:
