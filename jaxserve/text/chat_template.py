@@ -78,8 +78,9 @@ class ChatTemplate:
         """The prompt for `messages` (OpenAI's form: role, content, tool_calls ...).
 
         `tools` are OpenAI tool objects. `continue_final_message` takes the last message, which must be the
-        assistant's, as the beginning of the reply: it is the prompt's last words, and no turn is closed
-        after it. `extra_kwargs` are further variables for the template (chat_template_kwargs).
+        assistant's, as the beginning of the reply: its words, just as they are, follow the generation
+        prompt, and no turn is closed after them. `extra_kwargs` are further variables for the template
+        (chat_template_kwargs).
         Raises InvalidRequestError, with the template's own sentence if it has one.
         """
         if self._template is None:
@@ -94,16 +95,17 @@ class ChatTemplate:
                     f"chat_template_kwargs must not set {name!r}; use the request's own field.",
                     param="chat_template_kwargs",
                 )
-        reply_so_far = ""
-        if continue_final_message:
-            messages, reply_so_far = _split_final_message(messages)
-            add_generation_prompt = True
+        prepared = prepare_messages(messages, self._form)
         variables = {
             **self._special_tokens,
             "add_generation_prompt": add_generation_prompt,
             **(extra_kwargs or {}),
-            "messages": prepare_messages(messages, self._form),
+            "messages": prepared,
         }
+        reply_so_far = ""
+        if continue_final_message:
+            reply_so_far = _read_final_message(messages[-1])
+            variables |= {"add_generation_prompt": True, "messages": prepared[:-1]}
         return self._render_with_tools(self._template, variables, tools) + reply_so_far
 
     def _render_with_tools(
@@ -222,15 +224,19 @@ def _describe(error: Exception) -> str:
     return sentence if sentence.endswith((".", "!", "?")) else sentence + "."
 
 
-def _split_final_message(
-    messages: Sequence[Mapping[str, object]],
-) -> tuple[Sequence[Mapping[str, object]], str]:
-    """All but the last message, and the words of the last."""
-    role = str(messages[-1].get("role", "")).lower() if messages else "none"
+def _read_final_message(message: Mapping[str, object]) -> str:
+    """The words of an assistant's message that the reply goes on with."""
+    prepared = prepare_messages([message], MessageForm())[0]
+    role = prepared["role"]
     if role != "assistant":
         raise InvalidRequestError(
             f"continue_final_message needs the last message to be the assistant's, its role is {role!r}.",
             param="continue_final_message",
         )
-    final = prepare_messages(messages[-1:], MessageForm())[0]
-    return messages[:-1], str(final["content"])
+    for name in ("tool_calls", "reasoning_content"):
+        if prepared.get(name):
+            raise InvalidRequestError(
+                f"continue_final_message goes on with the last message's content; its {name} cannot be kept.",
+                param="continue_final_message",
+            )
+    return str(prepared["content"])

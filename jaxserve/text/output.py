@@ -1,11 +1,11 @@
-"""From the engine's token ids to the text of one reply: detokenising, stop strings, trimming.
+"""From the engine's token ids to the text of one reply: detokenising, stop strings and patterns, trimming.
 
 One TextStream per sequence, fed with the engine's deltas by the HTTP side and by the library. However the
 ids are cut into deltas, the text, the ids and the reason to finish come out the same. Knows nothing of
 queues, HTTP or JSON.
 
-    engine ids ->  token by token -> Detokenizer -> stop automaton -> |emitted text ... |held back|
-                                                                       held back: could begin a stop string
+    engine ids -> token by token -> Detokenizer -> stop strings, stop_regex -> |emitted text ... |held back|
+                                                                held back: could begin one of them
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxserve.text.detokenizer import Detokenizer
+from jaxserve.text.stop_regex import StopRegex
 from jaxserve.text.stop_strings import START, StopStrings
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason, SamplingParams
@@ -31,9 +32,13 @@ class TextStream:
     """The text of one sequence as it grows.
 
     A stop string counts at the character that completes it. If several are complete at the same character
-    the longest (which began first) is the one reported. It is taken off the text with all that follows,
-    or, under `no_stop_trim`, kept with nothing after it. Like a stop token it cannot end the reply before
-    `min_new_tokens` tokens.
+    the longest (which began first) is the one reported. A pattern of `stop_regex` counts at the token with
+    which it matches. If one token completes both, the one that begins first in the text is reported, a stop
+    string before a pattern. It is taken off the text with all that follows, or, under `no_stop_trim`, kept
+    with nothing after it. Like a stop token it cannot end the reply before `min_new_tokens` tokens.
+
+    Raises InvalidRequestError for a pattern that is refused, and from `push` if one takes too long to
+    search for.
     """
 
     def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
@@ -44,7 +49,9 @@ class TextStream:
         )
         self._stops = StopStrings(params.stop)
         self._state = START
-        self._held = ""  # decoded, but could be the beginning of a stop string
+        self._patterns = StopRegex(params.stop_regex)
+        self._num_given = 0  # characters given out; those held back follow them
+        self._held = ""  # decoded, but could be the beginning of a stop string or of a pattern's match
         # A skipped special token leaves no characters to search, so a stop string that spells one is
         # looked for among the ids.
         self._stop_tokens: dict[int, str] = {}
@@ -95,8 +102,8 @@ class TextStream:
         return ids[:-1] if ids and ids[-1] == finish.matched else ids
 
     def _take(self, ids: list[int]) -> str:
-        """Decode `ids`, up to the token that completes a stop string; the text that is safe to give out."""
-        if self._stops.is_empty:
+        """Decode `ids`, up to the token that ends the reply; the text that is safe to give out."""
+        if self._stops.is_empty and self._patterns.is_empty:
             self.token_ids += ids
             return self._detokenizer.push(ids)
         text = ""
@@ -113,22 +120,39 @@ class TextStream:
         return text
 
     def _search(self, new_text: str) -> str:
-        """Run new characters through the automaton; return what can no longer be part of a stop string."""
+        """Take the characters of one token; return what can no longer be part of a stop."""
         buffer = self._held + new_text
-        for end, char in enumerate(new_text, start=len(self._held) + 1):
-            self._state = self._stops.advance(self._state, char)
-            stop = self._stops.found[self._state]
-            if stop is not None and self._may_stop():
-                self.finish = FinishReason(kind="stop", matched=stop)
-                self._held = ""
-                return buffer[:end] if self._keeps_stop else buffer[: end - len(stop)]
+        stop = self._find_stop(buffer, len(self._held))
+        if stop is not None:
+            begin, end, matched = stop
+            self.finish = FinishReason(kind="stop", matched=matched)
+            self._held = ""
+            return buffer[:end] if self._keeps_stop else buffer[:begin]
         num_safe = len(buffer) - self._stops.depth[self._state]
+        if not self._patterns.is_empty:
+            num_safe = min(num_safe, self._patterns.num_settled - self._num_given)
+        self._num_given += num_safe
         self._held = buffer[num_safe:]
         return buffer[:num_safe]
 
+    def _find_stop(self, buffer: str, num_searched: int) -> tuple[int, int, str] | None:
+        """What ends the reply with this token: its characters [begin, end) of `buffer`, and its name."""
+        found: tuple[int, int, str] | None = None
+        for end in range(num_searched + 1, len(buffer) + 1):
+            self._state = self._stops.advance(self._state, buffer[end - 1])
+            stop = self._stops.found[self._state]
+            if stop is not None and self._may_stop():
+                found = (end - len(stop), end, stop)
+                break
+        if len(buffer) > num_searched and not self._patterns.is_empty:
+            match = self._patterns.push(buffer[num_searched:], self._may_stop())
+            if match is not None and (found is None or match.begin - self._num_given < found[0]):
+                found = (match.begin - self._num_given, match.end - self._num_given, match.pattern)
+        return found
+
     def _end(self, finish: FinishReason) -> str:
         """The sequence is over: what was held back is text after all, unless its last half character
-        completes a stop string (one that contains U+FFFD)."""
+        completes a stop (one that contains U+FFFD)."""
         text = self._search(self._detokenizer.flush())
         if self.finish is None:
             self.finish = finish

@@ -68,6 +68,15 @@ class Spelling:
         return content.encode("utf-8")
 
 
+def show_bytes(token: bytes) -> str:
+    """The bytes of one token as text: "bytes:" and hexadecimal escapes if they are not whole characters,
+    which is how OpenAI's API names such tokens among its log-probabilities."""
+    try:
+        return token.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join([f"\\x{byte:02x}" for byte in token])
+
+
 def read_spelling(decoder: Decoder | None) -> Spelling:
     """Which convention a tokenizers decoder implements. Raises WeightError for one we cannot stream."""
     if decoder is None:

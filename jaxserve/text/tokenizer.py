@@ -8,19 +8,23 @@ transformers is never imported on this path. Knows nothing of requests, template
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from jaxserve.errors import ConfigError, InvalidRequestError
-from jaxserve.text.token_spelling import CHAR_OF_BYTE, read_spelling
+from jaxserve.text.token_spelling import CHAR_OF_BYTE, read_spelling, show_bytes
 
 BYTES_PATH = "bytes"  # the tokenizer path that asks for `byte_tokenizer`
 BYTES_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+
+# Keeps SentencePiece's space away from the text that follows: no vocabulary joins it to other characters.
+_LEAD = "\u263a"
 
 
 class Tokenizer:
@@ -30,6 +34,7 @@ class Tokenizer:
         bos_id: the token that begins a sequence, if the model has one.
         eos_ids: every id that ends generation; the tokenizer's own end-of-sequence token comes first.
         special_ids: the ids left out of the text when `skip_special_tokens` is asked for.
+        added_ids: the ids that are cut out of a text before it is normalised, special ones included.
         vocab_size: one more than the highest id with a meaning.
         add_bos: whether `encode` begins with `bos_id`.
         chat_template: the model's Jinja template, if it came with one.
@@ -52,10 +57,12 @@ class Tokenizer:
         added_tokens = backend.get_added_tokens_decoder()
         self._added = {token_id: token.content for token_id, token in added_tokens.items()}
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met; a pure function of the id
+        self._texts: dict[int, str] = {}  # the same, as they are shown on their own
         self._prefix_ids = list(prefix_ids)
         self._suffix_ids = list(suffix_ids)
         self.bos_id = bos_id
         self.eos_ids = tuple(dict.fromkeys(eos_ids))
+        self.added_ids = frozenset(self._added)
         self.special_ids = frozenset(token_id for token_id, token in added_tokens.items() if token.special)
         self.add_bos = bos_id is not None and bos_id in self._prefix_ids
         self.chat_template = chat_template
@@ -81,6 +88,41 @@ class Tokenizer:
         _require_unicode(text)
         ids = self._backend.encode(text, add_special_tokens=False).ids
         return self._surround(ids) if add_special_tokens else ids
+
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int] | None]]:
+        """`encode` with special tokens, and for each id the characters [start, end) of `text` that it comes
+        from, as the tokenizers library counts them: tokens that share a character both have it. None for
+        what is put around a prompt. text/selectors.py makes exact bytes of it."""
+        _require_unicode(text)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        before: list[tuple[int, int] | None] = [None] * len(self._prefix_ids)
+        return self._surround(encoding.ids), before + encoding.offsets + [None] * len(self._suffix_ids)
+
+    def encode_as_text(
+        self, text: str, hidden_ids: frozenset[int] = frozenset(), *, is_continued: bool = False
+    ) -> list[int]:
+        """`encode` without special tokens, and without reading any in the text: what spells a special token,
+        or one of `hidden_ids`, stays text. `is_continued` text follows other text, so that no space is put
+        before it."""
+        _require_unicode(text)
+        lead = _LEAD if is_continued and self.strips_first_space else ""
+        encoding = self._backend.encode(lead + text, add_special_tokens=False)
+        pairs = [(token_id, span) for token_id, span in zip(encoding.ids, encoding.offsets, strict=True)]
+        pairs = [(token_id, span) for token_id, span in pairs if span[1] > len(lead)] if lead else pairs
+        hidden_ids = hidden_ids | self.special_ids
+        # Cut in two, a spelling is none. In its middle, because a token may take in any number of spaces.
+        cuts = [
+            (start + end) // 2 - len(lead)
+            for token_id, (start, end) in pairs
+            if token_id in hidden_ids and end - start > 1
+        ]
+        if not cuts:
+            return [token_id for token_id, _ in pairs]
+        ids: list[int] = []
+        for start, end in pairwise([0, *cuts, len(text)]):
+            is_later = is_continued or start > 0
+            ids += self.encode_as_text(text[start:end], hidden_ids, is_continued=is_later)
+        return ids
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of each text, on several cores."""
@@ -116,8 +158,16 @@ class Tokenizer:
         return known
 
     def token_text(self, token_id: int) -> str:
-        """One token for display; half a character shows as U+FFFD."""
-        return self.token_bytes(token_id).decode("utf-8", "replace")
+        """One token on its own, for logprobs and display: special tokens are spelled out, bytes that are not
+        whole characters are shown as OpenAI does, "bytes:\\xe2\\x80". Empty for an id without a meaning."""
+        known = self._texts.get(token_id)
+        if known is None:
+            known = self._texts[token_id] = show_bytes(self.token_bytes(token_id))
+        return known
+
+    def id_of(self, entry: str) -> int | None:
+        """The id of the vocabulary's entry spelled exactly `entry`, special or not, if there is one."""
+        return self._backend.token_to_id(entry)
 
     def special_id_of(self, text: str) -> int | None:
         """The id of the special token spelled exactly `text`, if there is one."""

@@ -180,11 +180,46 @@ def test_tools_go_in_as_sent_or_bare_if_the_template_wants_that():
 
 
 def test_the_reply_can_begin_with_the_final_message():
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    for content, beginning in [
+        ("The capital", "The capital"),
+        ("  kept as it is \n", "  kept as it is \n"),  # though templates trim what they print
+        ([{"type": "text", "text": "The"}, {"type": "text", "text": "capital"}], "The\ncapital"),
+        ("", ""),
+        (None, ""),
+    ]:
+        messages = [*HI, {"role": "Assistant", "content": content}]
+        for source in (
+            BUILTIN_TEMPLATES["chatml"],
+            BUILTIN_TEMPLATES["chatml"].replace("'] }}", "'] | trim }}"),
+        ):
+            for options in ({}, {"extra_kwargs": {"add_generation_prompt": False}}):
+                assert render(source, messages, continue_final_message=True, **options) == prompt + beginning
+    alone = render(BUILTIN_TEMPLATES["chatml"], messages[1:], continue_final_message=True)
+    assert alone == "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        ({"role": "user", "content": "x"}, "the last message to be the assistant's, its role is 'user'"),
+        ({"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}, "its tool_calls cannot be kept"),
+        ({"role": "assistant", "content": "x", "reasoning_content": "y"}, "its reasoning_content cannot"),
+    ],
+)
+def test_only_an_assistants_words_can_be_continued(message, sentence):
+    with pytest.raises(InvalidRequestError, match=sentence) as caught:
+        render(PRINT_ROLES, [*HI, message], continue_final_message=True)
+    assert caught.value.param == "continue_final_message"
+
+
+@pytest.mark.download
+@pytest.mark.parametrize("fixture", ["qwen", "smollm2"])
+def test_with_real_templates_the_prompt_is_that_of_the_whole_turn_cut_off_after_the_words(fixture, request):
+    template = load_chat_template(None, request.getfixturevalue(fixture))
     messages = [*HI, {"role": "assistant", "content": "The capital"}]
-    prompt = render(BUILTIN_TEMPLATES["chatml"], messages, continue_final_message=True)
-    assert prompt == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nThe capital"
-    with pytest.raises(InvalidRequestError, match=r"last message to be the assistant's, its role is 'user'"):
-        render(PRINT_ROLES, HI, continue_final_message=True)
+    turn = template.render(messages, add_generation_prompt=False)
+    assert template.render(messages, continue_final_message=True) == turn[: turn.index("capital") + 7]
 
 
 def test_extra_variables_cannot_replace_the_conversation():
