@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -17,21 +16,23 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxserve.config import ServerConfig
 from jaxserve.engine.loop import EngineLink, EngineLoop
-from jaxserve.errors import ConfigError, WeightError
+from jaxserve.errors import ConfigError
 from jaxserve.kernels_pallas.dispatch import KernelSet, choose_kernels
-from jaxserve.models.registry import find_family
 from jaxserve.runner.buckets import make_ladder
+from jaxserve.runner.checkpoint import Checkpoint, read_family
 from jaxserve.runner.device_state import PoolSize, kv_bytes_per_token
+from jaxserve.runner.host_memory import read_host_memory
+from jaxserve.runner.memory import live_bytes
 from jaxserve.runner.programs import use_compile_cache
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.sizing import Machine, Precision, Sizes, choose_precision, choose_sizes
 from jaxserve.scheduler.state import new_state
 from jaxserve.types import EngineInfo
 from jaxserve.weights.cache import cache_dir
-from jaxserve.weights.loader import load_params
 from jaxserve.weights.resolve import ModelFiles
 
 OnProgress = Callable[[str, float, float | None, str], None]  # stage, done, total, unit
@@ -50,21 +51,22 @@ def build_engine(
     machine = read_machine()
     kernels = choose_kernels(machine.platform)
     use_compile_cache(_compile_cache_dir(config, machine))
-    family, cfg = _read_family(config.model_path, files)
+    family, cfg = read_family(config.model_path, files)
     specs = family.param_specs(cfg)
     precision = choose_precision(config, machine.platform, checkpoint_bits(files, specs))
     logger.info("Load weight begin. %s as %s", config.model_path, _describe(precision))
-    params = load_params(
-        files,
-        specs,
+    checkpoint = Checkpoint(
+        files=files,
+        family=family,
+        cfg=cfg,
+        kernels=kernels,
         dtype=precision.dtype,
         quantization=precision.quantization,
-        on_progress=lambda stage, done, total: on_progress(stage, done, total, "B"),
         random_seed=config.random_seed or 0,
+        download_dir=config.download_dir,
     )
-    model = family.Model(cfg, params, kernels)
-    param_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    del params
+    model = checkpoint.read_model(lambda stage, done, total: on_progress(stage, done, total, "B"))
+    param_bytes = live_bytes(nnx.split(model)[1])
     logger.info("Load weight end. %.2f GB in %.1f s", param_bytes / 1e9, time.perf_counter() - start_s)
     kv_dtype = jnp.dtype(precision.kv_dtype)
     sizes = choose_sizes(
@@ -76,11 +78,12 @@ def build_engine(
         kv_bytes_per_token=kv_bytes_per_token(cfg, kv_dtype),
         slot_bytes=8 * cfg.vocab_size,
     )
-    runner = _make_runner(model, cfg, sizes, kv_dtype)
+    runner = _make_runner(model, cfg, sizes, kv_dtype, checkpoint)
     runner.warm_up(lambda done, total: on_progress("Compiling", done, total, "programs"))
     runner.programs.compile_rest(on_done=lambda: _finish_warm_up(runner))
     state = new_state(sizes.num_pages, sizes.page_size, sizes.max_rows, not config.disable_radix_cache)
     loop = EngineLoop(
+        runner,
         runner,
         state,
         link,
@@ -126,7 +129,8 @@ def read_machine() -> Machine:
         memory_bytes = stats["bytes_limit"]
         free_bytes = memory_bytes - stats["bytes_in_use"]
     else:
-        memory_bytes, free_bytes = _host_memory()
+        memory = read_host_memory()
+        memory_bytes, free_bytes = memory.total_bytes, memory.free_bytes
     return Machine(
         platform=kind, num_devices=jax.device_count(), memory_bytes=memory_bytes, free_bytes=free_bytes
     )
@@ -140,16 +144,7 @@ def checkpoint_bits(files: ModelFiles, specs: list) -> float:
     return 8 * sum(path.stat().st_size for path in files.files) / num_weights
 
 
-def _read_family(model_path: str, files: ModelFiles):
-    try:
-        family = find_family(files.hf_config)
-        return family, family.Config.from_hf(files.hf_config)
-    except (ValueError, KeyError) as error:
-        detail = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise WeightError(f"{model_path} cannot be served: {detail}.") from error
-
-
-def _make_runner(model, cfg, sizes: Sizes, kv_dtype: jnp.dtype) -> ModelRunner:
+def _make_runner(model, cfg, sizes: Sizes, kv_dtype: jnp.dtype, checkpoint: Checkpoint) -> ModelRunner:
     pool = PoolSize(
         num_pages=sizes.num_pages,
         page_size=sizes.page_size,
@@ -159,7 +154,7 @@ def _make_runner(model, cfg, sizes: Sizes, kv_dtype: jnp.dtype) -> ModelRunner:
     ladder = make_ladder(
         max_rows=sizes.max_rows, max_tokens=sizes.chunk_tokens, min_rows=sizes.min_rows, mixes=sizes.mixes
     )
-    return ModelRunner(model, cfg, pool, kv_dtype, ladder)
+    return ModelRunner(model, cfg, pool, kv_dtype, ladder, checkpoint)
 
 
 def _finish_warm_up(runner: ModelRunner) -> None:
@@ -216,14 +211,3 @@ def _compile_cache_dir(config: ServerConfig, machine: Machine) -> Path:
         lines = [platform.processor()]
     traits = "".join(sorted({line for line in lines if line.startswith(("flags", "model name", "Features"))}))
     return folder / f"cpu-{hashlib.sha256(traits.encode()).hexdigest()[:12]}"
-
-
-def _host_memory() -> tuple[int, int]:
-    """Bytes of memory in all and available, of this machine."""
-    total_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return total_bytes, total_bytes // 2
-    available_kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
-    return total_bytes, total_bytes // 2 if available_kib is None else available_kib * 1024

@@ -65,6 +65,7 @@ def serve(configure: Configure, link: SocketLink) -> None:
     with Progress(config.log_level) as progress:
         files = resolve_model(
             configure.model_path,
+            download_dir=config.download_dir,
             load_format=config.load_format,
             on_progress=lambda stage, done, total: tell(stage, done, total, "B"),
         )

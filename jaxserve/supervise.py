@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import socket
 import sys
@@ -70,6 +71,19 @@ class EngineSupervisor:
         self._process.kill()
         await self._process.wait()
 
+    def kill(self) -> None:
+        """End the engine at once."""
+        self._is_stopping = True
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+
+    def _configure(self) -> Configure:
+        """The settings, and the weights that were served last."""
+        update = self._client.weights
+        if update is None:
+            return Configure(self._config, self._model_path)
+        return Configure(dataclasses.replace(self._config, load_format=update.load_format), update.model_path)
+
     async def _run_once(self) -> tuple[bool, float, str]:
         """One life of the engine: whether it was ever ready, for how long, why it ended."""
         loop = asyncio.get_running_loop()
@@ -90,7 +104,7 @@ class EngineSupervisor:
         )
         self._protocol = protocol
         self._client.connect(protocol.send)
-        protocol.send(Configure(self._config, self._model_path))
+        protocol.send(self._configure())
         code = await self._process.wait()
         self.exit_status = 2 if code == 2 else 1
         await lost.wait()  # so that its last words are read

@@ -7,6 +7,7 @@ of arrays or of devices.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import msgspec
@@ -21,7 +22,8 @@ class SamplingParams:
     """What a user may ask of generation, under SGLang's names and defaults.
 
     `top_k` -1 means all; `max_new_tokens` None means until the context is full, 0 means prefill only.
-    `seed` None draws a fresh one per request. `beam_width` above 1 searches instead of sampling.
+    `seed` None draws a fresh one per request. `beam_width` above 1 searches instead of sampling: then
+    `temperature` must be 0, and what else changes the distribution or the number of choices be left alone.
     `logprobs` None asks for none; a number asks for those of the output's tokens and so many
     alternatives, from prompt position `logprob_start` on if that is given, and for those of `logprob_ids`
     at each position. Raises InvalidRequestError from `validate`.
@@ -52,38 +54,101 @@ class SamplingParams:
     logprob_ids: tuple[int, ...] = ()
     are_logprobs_scaled: bool = False
 
-    def validate(self, vocab_size: int | None = None) -> None:
-        """Raise InvalidRequestError with a sentence naming the field, its value and its range."""
-        _require(self.temperature >= 0, "temperature", self.temperature, "a finite number >= 0")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _require(self.top_k == -1 or self.top_k >= 1, "top_k", self.top_k, "-1 (all) or at least 1")
-        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
-        _require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "in [-2, 2]")
-        _require(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "in [-2, 2]")
-        _require(0 < self.repetition_penalty <= 2, "repetition_penalty", self.repetition_penalty, "in (0, 2]")
-        _require(self.n >= 1, "n", self.n, "at least 1")
-        _require(self.min_new_tokens >= 0, "min_new_tokens", self.min_new_tokens, "at least 0")
+    def validate(self, vocab_size: int | None = None, names: Mapping[str, str] | None = None) -> None:
+        """Raise InvalidRequestError with a sentence naming the field, its value and its range.
+
+        `names` says what the caller calls a field, where that differs from here.
+        """
+        check = _Checker(names or {})
+        check.require(self.temperature >= 0, "temperature", self.temperature, "a finite number >= 0")
+        check.require(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        check.require(self.top_k == -1 or self.top_k >= 1, "top_k", self.top_k, "-1 (all) or at least 1")
+        check.require(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        for name in ("frequency_penalty", "presence_penalty"):
+            check.require(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "in [-2, 2]")
+        check.require(
+            0 < self.repetition_penalty <= 2, "repetition_penalty", self.repetition_penalty, "in (0, 2]"
+        )
+        check.require(self.n >= 1, "n", self.n, "at least 1")
+        check.require(self.min_new_tokens >= 0, "min_new_tokens", self.min_new_tokens, "at least 0")
         if self.max_new_tokens is not None:
-            _require(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "at least 0")
-            _require(
-                self.min_new_tokens <= self.max_new_tokens,
-                "min_new_tokens",
-                self.min_new_tokens,
-                f"at most max_new_tokens ({self.max_new_tokens})",
+            check.require(self.max_new_tokens >= 0, "max_new_tokens", self.max_new_tokens, "at least 0")
+            most = f"at most {check.name('max_new_tokens')} ({self.max_new_tokens})"
+            check.require(
+                self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, most
             )
-        _require(len(self.stop) <= 32, "stop", f"{len(self.stop)} strings", "at most 32 strings")
-        if vocab_size is not None:
-            for token_id in (*self.logit_bias, *self.stop_token_ids):
-                name = "logit_bias" if token_id in self.logit_bias else "stop_token_ids"
-                _require(0 <= token_id < vocab_size, name, token_id, f"a token id in [0, {vocab_size})")
+        check.require(len(self.stop) <= 32, "stop", f"{len(self.stop)} strings", "at most 32 strings")
         for token_id, bias in self.logit_bias.items():
-            _require(math.isfinite(bias), f"logit_bias[{token_id}]", bias, "finite")
+            check.require(math.isfinite(bias), f"logit_bias[{token_id}]", bias, "finite")
+        if vocab_size is not None:
+            for name in ("logit_bias", "stop_token_ids"):
+                for token_id in getattr(self, name):
+                    check.require(
+                        0 <= token_id < vocab_size, name, token_id, f"a token id in [0, {vocab_size})"
+                    )
+        _check_beams(self, check)
+        _check_scores(self, vocab_size, check)
 
 
-def _require(condition: bool, name: str, value: object, allowed: str) -> None:
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if not (condition and finite):
-        raise InvalidRequestError(f"{name} must be {allowed}, got {value}.", param=name)
+@dataclass(frozen=True, slots=True)
+class _Checker:
+    """Refusals under the names that the caller uses."""
+
+    names: Mapping[str, str]
+
+    def name(self, field_name: str) -> str:
+        return self.names.get(field_name, field_name)
+
+    def require(self, condition: bool, field_name: str, value: object, allowed: str) -> None:
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not (condition and finite):
+            name = self.name(field_name)
+            raise InvalidRequestError(f"{name} must be {allowed}, got {value}.", param=name)
+
+
+def _check_scores(params: SamplingParams, vocab_size: int | None, check: _Checker) -> None:
+    if params.logprobs is None:
+        for field_name in ("logprob_start", "logprob_ids"):
+            if getattr(params, field_name) not in (None, ()):
+                name = check.name(field_name)
+                raise InvalidRequestError(f"{name} needs {check.name('logprobs')}.", param=name)
+        return
+    allowed = f"between 0 and {MAX_TOP_LOGPROBS}"
+    check.require(0 <= params.logprobs <= MAX_TOP_LOGPROBS, "logprobs", params.logprobs, allowed)
+    if params.logprob_start is not None:
+        check.require(params.logprob_start >= 0, "logprob_start", params.logprob_start, "at least 0")
+    num_ids = len(params.logprob_ids)
+    check.require(
+        num_ids <= MAX_WATCHED_IDS, "logprob_ids", f"{num_ids} ids", f"at most {MAX_WATCHED_IDS} ids"
+    )
+    for token_id in params.logprob_ids:
+        if vocab_size is not None and not 0 <= token_id < vocab_size:
+            name = check.name("logprob_ids")
+            raise InvalidRequestError(
+                f"{name} holds the out-of-vocabulary id {token_id}; ids are in [0, {vocab_size}).", param=name
+            )
+
+
+# What beam search has no meaning for: it follows the plain sum of log-probabilities.
+_NOT_WITH_BEAMS = (
+    *("n", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    *("logit_bias", "min_new_tokens", "stop", "stop_regex"),
+)
+
+
+def _check_beams(params: SamplingParams, check: _Checker) -> None:
+    allowed = f"between 0 and {MAX_BEAM_WIDTH} (0 and 1: no beam search)"
+    check.require(0 <= params.beam_width <= MAX_BEAM_WIDTH, "beam_width", params.beam_width, allowed)
+    if params.beam_width <= 1:
+        return
+    is_greedy = params.temperature < GREEDY_BELOW_TEMPERATURE
+    check.require(is_greedy, "temperature", params.temperature, "0 with beam_width above 1")
+    check.require(params.max_new_tokens != 0, "max_new_tokens", 0, "at least 1 with beam_width above 1")
+    unset = SamplingParams()
+    for field_name in _NOT_WITH_BEAMS:
+        if getattr(params, field_name) != getattr(unset, field_name):
+            name = check.name(field_name)
+            raise InvalidRequestError(f"{name} cannot be combined with beam_width above 1.", param=name)
 
 
 # The most alternatives, watched ids and beams that a step computes for one row: sizes of its programs.
@@ -96,10 +161,10 @@ MAX_BEAM_WIDTH = 128
 class ScoreParams:
     """Which log-probabilities a request wants; natural logarithms over the whole vocabulary.
 
-    They are of the model's own distribution (temperature 1, no penalties, no bias), or with `is_scaled` of the
-    one that is sampled from, before top-k, top-p and min-p cut it. `prompt_rows` are ascending positions
-    of the prompt: the scores of row p are those of the token at p + 1, seen from 0..p, so the last
-    position of a prompt is no row (what follows it is output). Each position wanted gets its token's
+    They are of the model's own distribution (temperature 1, no penalties, no bias), or with `is_scaled`
+    of the one that is sampled from, before top-k, top-p and min-p cut it. `prompt_rows` are ascending
+    positions of the prompt: the scores of row p are those of the token at p + 1, seen from 0..p, so the
+    last position of a prompt is no row (what follows it is output). Each position wanted gets its token's
     log-probability, `num_top` alternatives (best first, lowest id on ties) and those of `watched_ids`.
     """
 
@@ -161,7 +226,7 @@ class TokenParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FinishReason:
-    """Why a request ended. `matched` is the stop token id or the stop string.
+    """Why a request ended. `matched` is the stop token id, the stop string, or the pattern of stop_regex.
 
     kind "stop" | "length" | "abort". For "abort", `message` says why, and `http_status` is 0 when the
     user asked for it, otherwise the status of the error that ended the request.
@@ -209,6 +274,12 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
     beams: list[BeamResult] = []
 
 
+# What device memory is given back by: the tags of SGLang's routes that mean something here.
+WEIGHTS = "weights"
+KV_CACHE = "kv_cache"
+MEMORY_TAGS = (WEIGHTS, KV_CACHE)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInfo:
     """What the engine knows once the model is loaded; constant while it serves."""
@@ -233,6 +304,9 @@ class EngineInfo:
     startup_s: float = 0.0
 
 
+QUEUE_TIME_BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """The engine's live counts, sent with its outputs and at least once a second while idle."""
@@ -254,3 +328,14 @@ class EngineStats:
     step_gap_s: float = 0.0  # device idle time between steps, summed
     step_busy_s: float = 0.0
     gen_throughput: float = 0.0  # tokens a second, over the last window
+    is_paused: bool = False
+    released: tuple[str, ...] = ()  # of MEMORY_TAGS; while any is away nothing runs
+    param_bytes: int = 0  # of device memory, now; so are the next three
+    kv_bytes: int = 0
+    slot_bytes: int = 0  # sampling state and block tables
+    device_bytes: int = 0  # all that this process holds, as the device's allocator counts; 0 if it cannot
+    host_param_bytes: int = 0  # weights that sleep in host memory
+    num_retracted: int = 0  # of those queued, the ones that have run before
+    num_waiting_tokens: int = 0  # prompt tokens of those queued; at most a quarter of a second old
+    queue_time_s: float = 0.0  # from arrival to admission, summed
+    queue_time_counts: tuple[int, ...] = ()  # requests by QUEUE_TIME_BUCKETS_S, the last one beyond them

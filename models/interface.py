@@ -1,8 +1,10 @@
 """What a model family offers to the loader and to the runner, and what it is given for one step.
 
-A family file defines a frozen `Config` with `from_hf`, a `param_specs(cfg)` table, and an `nnx.Module`
-whose `__call__(batch, kv) -> (logits_BV, kv)` is the forward pass. `registry.py` finds it by architecture
-name. Knows nothing of files, schedulers or HTTP.
+A family file defines a frozen `Config` with `from_hf`, a `param_specs(cfg)` table, and an `nnx.Module` in
+two halves: `__call__(batch, kv) -> (x_TD, kv)` is the forward pass up to the hidden states of every token,
+`compute_logits(x_BD) -> logits_BV` the final norm and the head, for the rows that somebody wants: a
+vocabulary's worth of logits a token would be most of a prefill's memory. `registry.py` finds the family by
+architecture name. Knows nothing of files, schedulers or HTTP.
 """
 
 from __future__ import annotations

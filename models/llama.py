@@ -109,9 +109,10 @@ class Model(nnx.Module):
         self.head_VD = None if cfg.ties_embeddings else nnx.Param(params["head_VD"])
 
     def __call__(self, batch: StepBatch, kv: list[KVLayer]) -> tuple[jax.Array, list[KVLayer]]:
-        """One step: float32 logits [B, V] of the rows that sample, and the pool with the step's K and V.
+        """One step: the hidden states of all its tokens [T, D] float32, and the pool with their K and V.
 
-        The residual stream is float32 whatever the weights are; products read the weights' own dtype.
+        `compute_logits` turns the rows that are wanted into logits. The residual stream is float32
+        whatever the weights are; products read the weights' own dtype.
         """
         cfg = self.cfg
         q_width, kv_width = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
@@ -135,6 +136,10 @@ class Model(nnx.Module):
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
             gate_TF, up_TF = jnp.split(matmul(h_TD, layer.w_gate_up_FD.get_value()), 2, axis=1)
             x_TD = x_TD + matmul(jax.nn.silu(gate_TF) * up_TF, layer.w_down_DF.get_value())
-        x_BD = rms_norm(x_TD[batch.sample_token_B], self.final_norm_D.get_value(), cfg.norm_eps)
+        return x_TD, new_kv
+
+    def compute_logits(self, x_BD: jax.Array) -> jax.Array:
+        """Float32 logits [B, V] of some of the rows that `__call__` returned: final norm, then the head."""
+        h_BD = rms_norm(x_BD, self.final_norm_D.get_value(), self.cfg.norm_eps)
         head_VD = self.embed_VD if self.head_VD is None else self.head_VD
-        return matmul(x_BD, head_VD.get_value()), new_kv
+        return matmul(h_BD, head_VD.get_value())

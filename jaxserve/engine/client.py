@@ -2,14 +2,16 @@
 
 Used by the HTTP side and by the library; implements server/engine_port.py. Owns the table of open
 requests: whoever stops listening to a stream aborts its request, and an engine that dies fails every
-open request with the reason. Knows token ids and messages; knows no text and no HTTP.
+open request and every operation with the reason. Knows token ids and messages; knows no text and no HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable
+from typing import Any
 
 import msgspec
 
@@ -20,17 +22,28 @@ from jaxserve.engine.messages import (
     Failed,
     FlushCache,
     FromEngine,
+    Pause,
     Ready,
+    ReleaseMemory,
+    Resume,
+    ResumeMemory,
     Starting,
     StepOutput,
     Submit,
     ToEngine,
+    UpdateWeights,
 )
 from jaxserve.errors import InvalidRequestError, UnavailableError
-from jaxserve.types import EngineInfo, EngineStats, FinishReason, TokenDelta, TokenParams
+from jaxserve.types import WEIGHTS, EngineInfo, EngineStats, FinishReason, TokenDelta, TokenParams
 
-FLUSH_POLL_S = 0.05
+BUSY_POLL_S = 0.05
 FLUSH_ANSWER_S = 1.0  # an engine that is alive answers between two steps
+
+ASLEEP = "Model is currently in sleep state."  # xLLM's words, which its clients look for
+FALLING_ASLEEP = "The model is going to sleep and takes no new requests."
+WAKING = "The model is waking up."
+
+logger = logging.getLogger("jaxserve.engine")
 
 
 class EngineClient:
@@ -43,8 +56,11 @@ class EngineClient:
         self._open: dict[str, asyncio.Queue[TokenDelta]] = {}  # by wire id
         self._wire_ids: dict[str, str] = {}  # by rid
         self._num_requests = 0
-        self._flushes: dict[int, asyncio.Future[bool]] = {}
-        self._num_flushes = 0
+        self._calls: dict[int, asyncio.Future[Answer]] = {}
+        self._num_calls = 0
+        self._change: asyncio.Task[Any] | None = None  # going to sleep, or waking up
+        self._slept: ReleaseMemory | None = None  # how, so that a new engine goes on sleeping
+        self.weights: UpdateWeights | None = None  # what was served last, so that a new engine serves it too
         self._last_heard_s = time.monotonic()
         self.info: EngineInfo | None = None
         self.ready_since_s: float | None = None  # in the life of the present or last engine
@@ -61,14 +77,17 @@ class EngineClient:
     def connect(self, send: Callable[[ToEngine], None]) -> None:
         """A (new) engine is there and starting."""
         self._send = send
+        self.stats = EngineStats()
         self._last_heard_s = time.monotonic()
         self.ready_since_s, self.failure = None, None
         if self.status != "draining":
             self._set_status("starting", "The engine is starting.")
 
     def drain(self) -> None:
-        """Take no more requests; those open go on."""
+        """Take no more requests; those open go on, unless generation is paused: then they would never end."""
         self._set_status("draining", "The server is shutting down and takes no more requests.")
+        if self.stats.is_paused:
+            self.end_all("The server is shutting down while generation is paused.", 503)
 
     def lose(self, reason: str) -> None:
         """The engine is gone: every open request fails with the reason."""
@@ -76,18 +95,18 @@ class EngineClient:
         self.info = None
         if self.status != "draining":
             self._set_status("dead", reason)
-        for wire_id, waiting in self._open.items():
-            waiting.put_nowait(_ended(wire_id, reason, 503))
-        for future in self._flushes.values():
+        self.end_all(reason, 503)
+        for call_id, future in self._calls.items():
             if not future.done():
-                future.set_result(False)
-        self._flushes.clear()
+                future.set_result(Answer(call_id, False, reason))
+        self._calls.clear()
 
     def handle(self, message: FromEngine) -> None:
         """A message from the engine, in order."""
         self._last_heard_s = time.monotonic()
         if isinstance(message, StepOutput):
             self.stats = message.stats
+            self._settle()
             for delta in message.deltas:
                 waiting = self._open.get(delta.rid)
                 if waiting is not None:  # else its listener has left; the abort is on its way
@@ -99,10 +118,13 @@ class EngineClient:
             self.ready_since_s = time.monotonic()
             if self.status == "starting":
                 self._set_status("ready", "The engine is ready.")
+                if self._slept is not None:
+                    slept = self._slept
+                    self._begin_change(FALLING_ASLEEP, self._fall_asleep(slept, timeout_s=0.0))
         elif isinstance(message, Answer):
-            future = self._flushes.pop(message.call_id, None)
+            future = self._calls.pop(message.call_id, None)
             if future is not None and not future.done():
-                future.set_result(message.ok)
+                future.set_result(message)
         elif isinstance(message, Failed):
             self.failure = message.message
             self.lose(message.message)
@@ -147,24 +169,133 @@ class EngineClient:
     def live_rids(self) -> Iterable[str]:
         return list(self._wire_ids)
 
+    def end_all(self, reason: str, http_status: int) -> None:
+        """End every open request with an error of its own."""
+        for wire_id, waiting in self._open.items():
+            waiting.put_nowait(_ended(wire_id, reason, http_status))
+            if self._send is not None:
+                self._send(Abort(wire_id))
+
     async def flush_cache(self, timeout_s: float) -> bool:
         """Empty the prefix cache once nothing runs; False if something still runs after timeout_s."""
+        try:
+            async with asyncio.timeout(max(timeout_s, FLUSH_ANSWER_S)):
+                return (await self._call_when_idle(FlushCache(), timeout_s)).ok
+        except TimeoutError:
+            return False
+
+    async def pause(self, mode: str) -> int:
+        """Let the engine stand still; see engine.messages.Pause. Returns how many requests it found running,
+        or ended."""
+        return (await self._require(Pause(mode))).num_requests
+
+    async def resume(self) -> None:
+        await self._require(Resume())
+
+    async def update_weights(self, model_path: str, load_format: str, *, flushes_cache: bool) -> int:
+        """Serve another checkpoint of the same architecture; returns how many requests were paused.
+
+        Raises UnavailableError with the reason if that failed: the present weights are served on.
+        """
+        update = UpdateWeights(model_path, load_format, flushes_cache)
+        answer = await self._require(update)
+        self.weights = update
+        return answer.num_requests
+
+    async def release_memory(
+        self, tags: Collection[str], *, keeps_weights: bool, mode: str, timeout_s: float
+    ) -> None:
+        """Put the model to sleep: new requests are refused from now on, and those open
+
+        "wait": may end within timeout_s, or else the sleep is refused and all goes on;
+        "refuse": refuse the sleep at once;
+        "abort": end with a 503.
+
+        Raises UnavailableError when it is refused. Whoever stops waiting for it does not stop it.
+        """
+        self._require_awake_engine()
+        release = ReleaseMemory(tuple(tags), keeps_weights)
+        if mode == "abort":
+            self.end_all("The model was put to sleep.", 503)
+        wait_s = 0.0 if mode == "refuse" else timeout_s
+        await asyncio.shield(self._begin_change(FALLING_ASLEEP, self._fall_asleep(release, wait_s)))
+
+    async def resume_memory(self, tags: Collection[str]) -> None:
+        """Wake it up. Raises UnavailableError if that fails: then it sleeps on."""
+        self._require_awake_engine()
+        await asyncio.shield(self._begin_change(WAKING, self._wake_up(ResumeMemory(tuple(tags)))))
+
+    async def _fall_asleep(self, release: ReleaseMemory, timeout_s: float) -> None:
+        answer = await self._call_when_idle(release, timeout_s)
+        if not answer.ok:
+            raise UnavailableError(f"The model was not put to sleep. {answer.message}")
+        drops_weights = WEIGHTS in release.tags and not release.keeps_weights
+        keeps_weights = not drops_weights and (self._slept is None or self._slept.keeps_weights)
+        self._slept = ReleaseMemory(self.stats.released, keeps_weights)
+
+    async def _wake_up(self, resume: ResumeMemory) -> None:
+        answer = await self._call(resume)
+        if not answer.ok:
+            raise UnavailableError(f"The model was not woken up. {answer.message}")
+        keeps_weights = self._slept is None or self._slept.keeps_weights
+        self._slept = ReleaseMemory(self.stats.released, keeps_weights) if self.stats.released else None
+
+    def _begin_change(self, message: str, change: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run a change of sleep to its end, whoever waits for it, and refuse requests meanwhile."""
+        self._change = asyncio.create_task(change)
+        self._set_status("asleep", message)
+        self._change.add_done_callback(self._end_change)
+        return self._change
+
+    def _end_change(self, change: asyncio.Task[None]) -> None:
+        self._change = None
+        self._settle()
+        error = None if change.cancelled() else change.exception()
+        if error is not None:
+            logger.warning("%s", error)
+
+    def _require_awake_engine(self) -> None:
+        """Whether the engine can change its sleep now: it is there, and not about to."""
+        if self._change is not None or self.status not in ("ready", "asleep"):
+            raise UnavailableError(self.status_message)
+
+    async def _require(self, operation: Any) -> Answer:
+        """Have an operation done; UnavailableError with the reason if it was not."""
+        if self.status not in ("ready", "asleep"):
+            raise UnavailableError(self.status_message)
+        answer = await self._call(operation)
+        if not answer.ok:
+            raise UnavailableError(answer.message)
+        return answer
+
+    async def _call_when_idle(self, operation: Any, timeout_s: float) -> Answer:
+        """Have it done as soon as no request is in the way, or be told what is after timeout_s."""
         deadline_s = time.monotonic() + timeout_s
-        while self._send is not None:
-            self._num_flushes += 1
-            future: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            self._flushes[self._num_flushes] = future
-            self._send(Call(self._num_flushes, FlushCache()))
-            try:
-                is_flushed = await asyncio.wait_for(
-                    future, max(deadline_s - time.monotonic(), FLUSH_ANSWER_S)
-                )
-            except TimeoutError:
-                return False
-            if is_flushed or time.monotonic() >= deadline_s:
-                return is_flushed
-            await asyncio.sleep(FLUSH_POLL_S)
-        return False
+        while True:
+            answer = await self._call(operation)
+            if answer.num_requests == 0 or answer.ok or time.monotonic() >= deadline_s:
+                return answer
+            await asyncio.sleep(BUSY_POLL_S)
+
+    async def _call(self, operation: Any) -> Answer:
+        """Ask the engine and wait for its answer, which comes even if it dies."""
+        if self._send is None:
+            return Answer(0, False, self.status_message)
+        self._num_calls += 1
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._calls[self._num_calls] = future
+        self._send(Call(self._num_calls, operation))
+        return await future  # `handle` or `lose` takes it out of the table
+
+    def _settle(self) -> None:
+        """Ready or asleep, as the engine tells."""
+        if self._change is not None or self.status not in ("ready", "asleep"):
+            return
+        status, message = ("asleep", ASLEEP) if self.stats.released else ("ready", "The engine is ready.")
+        if status == "ready":
+            self._slept = None
+        if (status, message) != (self.status, self.status_message):
+            self._set_status(status, message)
 
     def _set_status(self, status: str, message: str) -> None:
         self.status, self.status_message = status, message

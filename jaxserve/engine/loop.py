@@ -10,14 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from jaxserve.engine.messages import (
     Abort,
     Answer,
     Call,
-    FlushCache,
     FromEngine,
     Shutdown,
     StepOutput,
@@ -25,14 +24,16 @@ from jaxserve.engine.messages import (
     ToEngine,
 )
 from jaxserve.engine.meter import Meter
+from jaxserve.engine.operations import MemoryRunner, Operations
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler import schedule as scheduler
 from jaxserve.scheduler.plan import StepLimits, StepPlan, StepResult
-from jaxserve.scheduler.state import SchedulerState, check_integrity, has_work, num_running, num_waiting
+from jaxserve.scheduler.state import SchedulerState, has_work, num_running, num_waiting
 from jaxserve.types import FinishReason, TokenDelta
 
 HEARTBEAT_S = 0.5  # the engine says at least this often that it lives, so that /health can be honest
 STEPS_IN_FLIGHT = 2  # launched and not yet read, at most
+POLL_S = 0.01  # how soon the end of an operation, or a program that is ready, is noticed when idle
 
 logger = logging.getLogger("jaxserve.engine")
 
@@ -42,7 +43,7 @@ class PendingStep(Protocol):
 
 
 class StepRunner(Protocol):
-    """What the loop needs of a runner (runner/runner.py; a fake in tests)."""
+    """What the loop needs of a runner (runner/runner.py) for its steps."""
 
     def limits(self) -> StepLimits: ...
     def step(self, plan: StepPlan) -> PendingStep: ...
@@ -63,9 +64,12 @@ class Launched:
 
 
 class EngineLoop:
+    """`memory` is the same runner, as what operations do to its memory sees it."""
+
     def __init__(
         self,
         runner: StepRunner,
+        memory: MemoryRunner,
         state: SchedulerState,
         link: EngineLink,
         *,
@@ -81,37 +85,71 @@ class EngineLoop:
         self._is_stopping = False
         self._last_report_s = time.perf_counter()
         self.meter = Meter()
+        self.operations = Operations(memory, state, lambda: len(self._in_flight), self._tell_answer)
 
     def run_forever(self) -> None:
         """Serve until a Shutdown message. A failure of the device ends the loop with its exception."""
+        has_moved = True
         while not self._is_stopping:
-            is_idle = not self._in_flight and not has_work(self.scheduler_state)
-            messages = self._link.receive(HEARTBEAT_S if is_idle else 0.0)
+            messages = self._link.receive(self._patience_s(has_moved))
             deltas = self._take(messages)
-            if is_idle and not messages:
-                self.meter.rest()
-                self._report([])
-                continue
-            self.run_step(deltas)
+            self.operations.advance()
+            has_moved = self.run_step(deltas)
+        self.operations.close()
 
-    def run_step(self, deltas: list[TokenDelta]) -> None:
-        """Launch the next step, then read the oldest one; tell `deltas` and what was read."""
-        plan = scheduler.schedule(self.scheduler_state, self._runner.limits())
-        if not plan.is_empty:
-            self.meter.launch(is_device_idle=not self._in_flight)
+    def _patience_s(self, has_moved: bool) -> float:
+        """How long to wait for messages: not at all while there is a step to launch or to read."""
+        if self._in_flight:
+            return 0.0
+        if self._may_plan():
+            return 0.0 if has_moved else POLL_S
+        self.meter.rest()
+        return POLL_S if self.operations.is_busy else HEARTBEAT_S
+
+    def _may_plan(self) -> bool:
+        return has_work(self.scheduler_state) and self.operations.may_step
+
+    def run_step(self, deltas: list[TokenDelta]) -> bool:
+        """Launch the next step, then read the oldest one; tell `deltas` and what was read. Returns whether
+        there was a step."""
+        plan = self._plan_step() if self._may_plan() else None
+        if plan is not None:
+            self.meter.launch(plan, self.scheduler_state, is_device_idle=not self._in_flight)
             self._in_flight.append(Launched(plan, self._runner.step(plan)))
-        if self._in_flight and (plan.is_empty or len(self._in_flight) >= STEPS_IN_FLIGHT):
+        has_moved = bool(self._in_flight)
+        if self._in_flight and (plan is None or len(self._in_flight) >= STEPS_IN_FLIGHT):
             step = self._in_flight.popleft()
             result = step.pending.read()
             deltas = deltas + scheduler.apply(self.scheduler_state, step.plan, result)
             self.meter.finish(step.plan, deltas, self.scheduler_state)
-        if deltas or time.perf_counter() - self._last_report_s > HEARTBEAT_S:
+        if deltas or time.perf_counter() - self._last_report_s >= HEARTBEAT_S:
             self._report(deltas)
+        return has_moved
+
+    def _plan_step(self) -> StepPlan | None:
+        """The next step; None when nothing can be done before an earlier one is read."""
+        limits = self._runner.limits()
+        if not self.operations.admits_new:
+            limits = replace(limits, admits_new=False)
+        plan = scheduler.schedule(self.scheduler_state, limits)
+        return None if plan.is_empty else plan
 
     def _report(self, deltas: list[TokenDelta]) -> None:
         self._last_report_s = time.perf_counter()
-        compiles = self._runner.compile_counts()
-        self._link.send(StepOutput(deltas, self.meter.stats(self.scheduler_state, compiles)))
+        for delta in deltas:
+            if delta.finish is not None:
+                self.meter.forget(delta.rid)
+        operations = self.operations
+        stats = self.meter.stats(
+            self.scheduler_state, self._runner.compile_counts(), operations.memory, operations.is_paused
+        )
+        self._link.send(StepOutput(deltas, stats))
+
+    def _tell_answer(self, answer: Answer) -> None:
+        """Answer a call, after the state that it left."""
+        deltas, self.operations.deltas = self.operations.deltas, []
+        self._report(deltas)
+        self._link.send(answer)
 
     def _take(self, messages: list[ToEngine]) -> list[TokenDelta]:
         deltas: list[TokenDelta] = []
@@ -122,12 +160,8 @@ class EngineLoop:
                 delta = scheduler.abort(self.scheduler_state, message.rid)
                 if delta is not None:
                     deltas.append(delta)
-            elif isinstance(message, Call) and isinstance(message.operation, FlushCache):
-                ok = not self._in_flight and scheduler.flush(self.scheduler_state)
-                if ok:  # a quiet moment, and somebody who waits: see that no page was lost
-                    check_integrity(self.scheduler_state)
-                    self._report([])
-                self._link.send(Answer(message.call_id, ok, "" if ok else "Requests are running or waiting."))
+            elif isinstance(message, Call):
+                self.operations.begin(message)
             elif isinstance(message, Shutdown):
                 self._is_stopping = True
         return deltas
@@ -149,10 +183,11 @@ class EngineLoop:
                 prompt_ids=message.prompt_ids,
                 params=message.params,
                 priority=message.priority,
-                cache_salt=message.cache_salt,
+                cache_salt=self.operations.salt(message.cache_salt),
             )
         except InvalidRequestError as error:
             return [_refuse(message, error.message, 400)]
+        self.meter.enqueue(message.rid)
         return []
 
     def _num_queued(self) -> int:

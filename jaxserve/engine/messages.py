@@ -39,8 +39,9 @@ class FlushCache(msgspec.Struct, frozen=True, tag=True):
 
 
 class Pause(msgspec.Struct, frozen=True, tag=True):
-    """Plan no more steps until `Resume`. What runs is ended ("abort"), put back in the queue with its
-    tokens kept ("retract"), or left where it is ("in_place"). Requests are still taken, and wait."""
+    """Plan no more steps until `Resume`. What runs is ended ("abort", and so is what waits), put back in
+    the queue with its tokens kept ("retract"), left where it is ("in_place"), or let come to its end first
+    ("wait"). Requests are still taken, and wait."""
 
     mode: str
 
@@ -50,9 +51,11 @@ class Resume(msgspec.Struct, frozen=True, tag=True):
 
 
 class ReleaseMemory(msgspec.Struct, frozen=True, tag=True):
-    """Give device memory back: of the "weights", of the "kv_cache", or both. Refused while anything runs.
+    """Give device memory back: of the "weights", of the "kv_cache", or both. Refused while anything runs
+    or waits; the answer's `num_requests` says how much does.
 
-    `keeps_weights`: a copy stays in host memory, so that they come back without reading files.
+    `keeps_weights`: a copy stays in host memory, so that they come back without reading files. Without it a
+    copy that is there goes too. What was given back before stays so.
     """
 
     tags: tuple[str, ...]
@@ -102,12 +105,13 @@ class StepOutput(msgspec.Struct, frozen=True, tag=True):
 
 
 class Answer(msgspec.Struct, frozen=True, tag=True):
-    """How a `Call` went; `message` is a sentence for a person, always given when not ok."""
+    """How a `Call` went; `message` is a sentence for a person, always given when not ok. The stats that
+    were sent before it tell the state that it left."""
 
     call_id: int
     ok: bool
     message: str = ""
-    num_requests: int = 0  # that a Pause ended or put back, or that an UpdateWeights found paused
+    num_requests: int = 0  # that a Pause ended or put back, an UpdateWeights found paused, or are in the way
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):

@@ -1,14 +1,17 @@
 """Times what the engine does: throughput, the gap between steps, and the log lines people watch.
 
 Fed by engine/loop.py; with the scheduler's own totals it makes the EngineStats that travel to the HTTP
-side. Owns the clock, so that the scheduler need not have one.
+side: throughput, gaps, and how long requests waited. Owns the clock, so that the scheduler need not have one.
 """
 
 from __future__ import annotations
 
+import bisect
 import logging
 import time
 
+from jaxserve.runner.memory import MemoryUse
+from jaxserve.scheduler.pause import num_retracted
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.state import (
     SchedulerState,
@@ -16,10 +19,11 @@ from jaxserve.scheduler.state import (
     num_running,
     num_waiting,
 )
-from jaxserve.types import EngineStats, TokenDelta
+from jaxserve.types import QUEUE_TIME_BUCKETS_S, EngineStats, TokenDelta
 
 DECODE_LOG_INTERVAL_STEPS = 40
 THROUGHPUT_WINDOW_S = 1.0
+COUNT_INTERVAL_S = 0.25  # between two walks of the queue
 
 logger = logging.getLogger("jaxserve.engine")
 
@@ -34,10 +38,25 @@ class Meter:
         self._window_start_s = time.perf_counter()
         self._window_tokens = 0
         self._decode_steps_since_log = 0
+        self._enqueued_s: dict[str, float] = {}  # by rid, until admitted
+        self._queue_time_s = 0.0
+        self._queue_time_counts = [0] * (len(QUEUE_TIME_BUCKETS_S) + 1)
+        self._num_waiting_tokens = 0
+        self._counted_s = 0.0
 
-    def launch(self, *, is_device_idle: bool) -> None:
+    def enqueue(self, rid: str) -> None:
+        """A request begins to wait."""
+        self._enqueued_s[rid] = time.perf_counter()
+
+    def forget(self, rid: str) -> None:
+        """It has ended, and waits no longer."""
+        self._enqueued_s.pop(rid, None)
+
+    def launch(self, plan: StepPlan, state: SchedulerState, *, is_device_idle: bool) -> None:
         """A step goes to the device. Idle time since the last result counts as gap."""
         now_s = time.perf_counter()
+        for chunk in plan.chunks if plan.inits else ():
+            self._admit(state.running[chunk.seq_id].rid, now_s)
         if is_device_idle:
             if self._last_done_s is not None:
                 self.step_gap_s += now_s - self._last_done_s
@@ -61,7 +80,9 @@ class Meter:
         self._window_start_s, self._window_tokens = time.perf_counter(), 0
         self.gen_throughput = 0.0
 
-    def stats(self, state: SchedulerState, compiles: tuple[int, int, bool]) -> EngineStats:
+    def stats(
+        self, state: SchedulerState, compiles: tuple[int, int, bool], memory: MemoryUse, is_paused: bool
+    ) -> EngineStats:
         return EngineStats(
             num_running=num_running(state),
             num_queued=num_waiting(state),
@@ -80,7 +101,34 @@ class Meter:
             step_gap_s=self.step_gap_s,
             step_busy_s=self.step_busy_s,
             gen_throughput=self.gen_throughput,
+            is_paused=is_paused,
+            released=memory.released,
+            param_bytes=memory.param_bytes,
+            kv_bytes=memory.kv_bytes,
+            slot_bytes=memory.slot_bytes,
+            device_bytes=memory.device_bytes,
+            host_param_bytes=memory.host_param_bytes,
+            num_retracted=num_retracted(state),
+            num_waiting_tokens=self._count_waiting_tokens(state),
+            queue_time_s=self._queue_time_s,
+            queue_time_counts=tuple(self._queue_time_counts),
         )
+
+    def _admit(self, rid: str, now_s: float) -> None:
+        enqueued_s = self._enqueued_s.pop(rid, None)
+        if enqueued_s is not None:
+            self._queue_time_s += now_s - enqueued_s
+            self._queue_time_counts[bisect.bisect_left(QUEUE_TIME_BUCKETS_S, now_s - enqueued_s)] += 1
+
+    def _count_waiting_tokens(self, state: SchedulerState) -> int:
+        """A walk of the whole queue, so not at every step."""
+        now_s = time.perf_counter()
+        if not state.waiting:
+            self._num_waiting_tokens = 0
+        elif now_s - self._counted_s > COUNT_INTERVAL_S:
+            self._counted_s = now_s
+            self._num_waiting_tokens = sum(seq.num_known for seq in state.waiting)
+        return self._num_waiting_tokens
 
     def _log(self, plan: StepPlan, state: SchedulerState) -> None:
         if plan.chunks:

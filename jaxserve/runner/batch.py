@@ -5,10 +5,11 @@ upload a step; floats travel as their bits. Knows nothing of models or of how pl
 
 The array of a program with R rows, C chunks, T prefill tokens and W pages a table, in this order:
 
-    decode   [3, R]  slot, position, write index (page * page_size + offset)
+    decode   [4, R]  slot, position, write index (page * page_size + offset), token id or NO_TOKEN
     chunks   [5, C]  slot, index of the first token in T, length, start position, samples (0 or 1)
     tables   [C, W]  the block table of each chunk's slot
     tokens   [3, T]  id, position, write index
+    places   [3, T]  index of a token whose row is scored or NO_PLACE, the token that followed, its chunk
     params   [B, F]  sampling parameters, B = R + C rows of SAMPLING_FIELDS
 
 Decode rows need no table: the device keeps every slot's table and learns at most one page a row here.
@@ -26,16 +27,21 @@ import numpy as np
 from jaxserve.models.interface import StepBatch
 from jaxserve.runner.buckets import Shape
 from jaxserve.runner.sampler import SAMPLING_FIELDS, RowParams, read_params
-from jaxserve.scheduler.plan import DecodeRow, PrefillChunk
+from jaxserve.runner.scores import ScorePlaces, scoring_temperature
+from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, PrefillChunk
 from jaxserve.types import TokenParams
+
+NO_PLACE = -1
+SMALLEST_PENALTY = 1e-6  # one nearer to 0 would make infinities of large logits
 
 
 def packed_shapes(shape: Shape, table_width: int) -> tuple[tuple[int, int], ...]:
     """The parts of a program's packed array, in order."""
     return (
-        (3, shape.num_rows),
+        (4, shape.num_rows),
         (5, shape.num_chunks),
         (shape.num_chunks, table_width),
+        (3, shape.num_tokens),
         (3, shape.num_tokens),
         (shape.num_sampled, len(SAMPLING_FIELDS)),
     )
@@ -62,11 +68,13 @@ def slot_params(params: TokenParams, num_prompt_tokens: int) -> np.ndarray:
         "min_p": params.min_p,
         "frequency_penalty": params.frequency_penalty,
         "presence_penalty": params.presence_penalty,
-        "repetition_penalty": params.repetition_penalty,
+        "repetition_penalty": max(params.repetition_penalty, SMALLEST_PENALTY),
         "top_k": params.top_k,
         "seed": params.seed & 0x7FFFFFFF,
         "min_position": num_prompt_tokens + params.min_new_tokens,
         "has_extras": params.has_extras,
+        "wants_scores": params.scores is not None and params.scores.of_output,
+        "is_scaled": params.scores is not None and params.scores.is_scaled,
     }
     fields = [np.asarray(values[name], dtype).view(np.int32) for name, dtype in SAMPLING_FIELDS.items()]
     return np.stack(fields)
@@ -83,16 +91,19 @@ def pack_step(
     """The packed array of one launch. Padding names the trash slot (the last one) and page 0."""
     trash_slot = params_XF.shape[0] - 1
     packed = np.zeros(packed_size(shape, table_width), np.int32)
-    decode_FR, chunk_FC, table_CW, token_FT, params_BF = _split(packed, shape, table_width)
+    decode_FR, chunk_FC, table_CW, token_FT, place_FQ, params_BF = _split(packed, shape, table_width)
     slot_B = np.full(shape.num_sampled, trash_slot, np.int32)
     decode_FR[0] = trash_slot
+    decode_FR[3] = NO_TOKEN
     chunk_FC[0] = trash_slot
+    place_FQ[0] = NO_PLACE
     if decode:
-        fields = np.array([(row.slot, row.position, row.page_id) for row in decode], np.int32).T
+        fields = [(row.slot, row.position, row.page_id, row.token_id) for row in decode]
+        fields = np.array(fields, np.int32).T
         decode_FR[:, : len(decode)] = fields
         decode_FR[2, : len(decode)] = fields[2] * page_size + fields[1] % page_size
         slot_B[: len(decode)] = fields[0]
-    first = 0
+    first = num_places = 0
     for c, chunk in enumerate(chunks):
         length = len(chunk.token_ids)
         chunk_FC[:, c] = (chunk.slot, shape.num_rows + first, length, chunk.start, chunk.samples)
@@ -105,6 +116,11 @@ def pack_step(
             pages[positions // page_size] * page_size + positions % page_size
         )
         slot_B[shape.num_rows + c] = chunk.slot
+        here = slice(num_places, num_places + len(chunk.score_places))
+        place_FQ[0, here] = np.asarray(chunk.score_places, np.int32) + shape.num_rows + first
+        place_FQ[1, here] = chunk.score_targets
+        place_FQ[2, here] = c
+        num_places = here.stop
         first += length
     params_BF[:] = params_XF[slot_B]
     return packed
@@ -116,6 +132,7 @@ class Unpacked(NamedTuple):
     batch: StepBatch
     rows: RowParams
     slot_B: jax.Array  # where row B's sampled token is remembered; the trash slot for padding
+    places: ScorePlaces | None  # None in a program without prefill
 
 
 def unpack_step(
@@ -125,15 +142,16 @@ def unpack_step(
 
     `batch.table_XW` is the table with this step's changes and becomes the new state.
     """
-    decode_FR, chunk_FC, table_CW, token_FT, params_BF = _split(packed, shape, table_XW.shape[1])
-    slot_R, position_R, write_R = decode_FR
+    decode_FR, chunk_FC, table_CW, token_FT, place_FQ, params_BF = _split(packed, shape, table_XW.shape[1])
+    slot_R, position_R, write_R, token_R = decode_FR
     slot_C, token_C, len_C, start_C, samples_C = chunk_FC
     trash_slot = last_token_X.shape[0] - 1
     table_XW = table_XW.at[slot_C].set(table_CW)
     table_XW = table_XW.at[slot_R, position_R // page_size].set(write_R // page_size)
     kv_len_R = jnp.where(slot_R == trash_slot, 0, position_R + 1)
+    token_R = jnp.where(token_R == NO_TOKEN, last_token_X[slot_R], token_R)
     batch = StepBatch(
-        token_ids_T=jnp.concatenate([last_token_X[slot_R], token_FT[0]]),
+        token_ids_T=jnp.concatenate([token_R, token_FT[0]]),
         positions_T=jnp.concatenate([position_R, token_FT[1]]),
         write_index_T=jnp.concatenate([write_R, token_FT[2]]),
         decode_slot_R=slot_R,
@@ -149,4 +167,15 @@ def unpack_step(
     )
     sampled_position_B = jnp.concatenate([position_R + 1, start_C + len_C])
     slot_B = jnp.concatenate([slot_R, jnp.where(samples_C > 0, slot_C, trash_slot)])
-    return Unpacked(batch, read_params(params_BF, sampled_position_B), slot_B)
+    rows = read_params(params_BF, sampled_position_B)
+    places = None
+    if shape.num_tokens:
+        place_Q, target_Q, chunk_Q = place_FQ
+        places = ScorePlaces(
+            count=jnp.sum(place_Q != NO_PLACE, dtype=jnp.int32),
+            token_Q=place_Q,
+            target_Q=target_Q,
+            slot_Q=slot_C[chunk_Q],
+            temperature_Q=scoring_temperature(rows)[shape.num_rows + chunk_Q],
+        )
+    return Unpacked(batch, rows, slot_B, places)

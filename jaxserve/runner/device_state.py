@@ -6,6 +6,7 @@ step returns. Knows nothing of requests; a slot is a row number to it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +17,9 @@ import numpy as np
 
 from jaxserve.models.interface import KVLayer, ModelConfig
 from jaxserve.runner.sampler import COUNT_MASK, IN_PROMPT, IS_STOP
-from jaxserve.types import TokenParams
+from jaxserve.types import MAX_WATCHED_IDS, TokenParams
+
+LARGEST_BIAS = 1e30  # leaves room for a division by the smallest temperature
 
 
 class DeviceState(NamedTuple):
@@ -27,6 +30,7 @@ class DeviceState(NamedTuple):
     table_XW: jax.Array  # int32, block tables
     edits_XV: jax.Array  # int32, see runner/sampler.py
     bias_XV: jax.Array  # float32, logit bias
+    watched_XM: jax.Array  # int32, ids whose log-probabilities are told; of slots that ask for some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +47,8 @@ def kv_bytes_per_token(cfg: ModelConfig, dtype: jnp.dtype) -> int:
     return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
 
 
-def allocate(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> DeviceState:
-    """A zeroed DeviceState on the default device."""
+def compile_allocation(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> Callable[[], DeviceState]:
+    """The program that makes a zeroed DeviceState on the default device: at the start, and after a sleep."""
     num_slots = pool.num_slots + 1
 
     def zeros() -> DeviceState:
@@ -56,9 +60,10 @@ def allocate(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> DeviceSta
             table_XW=jnp.zeros((num_slots, pool.table_width), jnp.int32),
             edits_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.int32),
             bias_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.float32),
+            watched_XM=jnp.zeros((num_slots, MAX_WATCHED_IDS), jnp.int32),
         )
 
-    return jax.jit(zeros)()
+    return jax.jit(zeros).lower().compile()
 
 
 def edit_rows(
@@ -70,7 +75,7 @@ def edit_rows(
     edits_V[np.asarray(params.stop_ids, np.int64)] |= IS_STOP
     bias_V = np.zeros(vocab_size, np.float32)
     for token_id, bias in params.logit_bias:
-        bias_V[token_id] = bias
+        bias_V[token_id] = np.clip(bias, -LARGEST_BIAS, LARGEST_BIAS)
     return edits_V, bias_V
 
 
@@ -79,3 +84,15 @@ def write_slot(state: DeviceState, slot: jax.Array, edits_V: jax.Array, bias_V: 
     return state._replace(
         edits_XV=state.edits_XV.at[slot].set(edits_V), bias_XV=state.bias_XV.at[slot].set(bias_V)
     )
+
+
+def watched_row(watched_ids: tuple[int, ...]) -> np.ndarray:
+    """The watched row (int32 [M]) of a slot's new sequence; token 0 fills what it does not use."""
+    watched_M = np.zeros(MAX_WATCHED_IDS, np.int32)
+    watched_M[: len(watched_ids)] = watched_ids
+    return watched_M
+
+
+def write_watched(watched_XM: jax.Array, slot: jax.Array, watched_M: jax.Array) -> jax.Array:
+    """The array with a slot's watched ids in place; a program of its own, which donates it."""
+    return watched_XM.at[slot].set(watched_M)

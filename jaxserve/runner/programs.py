@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,33 +22,54 @@ from flax import nnx
 
 from jaxserve.runner.batch import packed_size, unpack_step
 from jaxserve.runner.buckets import Ladder, Shape
-from jaxserve.runner.device_state import DeviceState, write_slot
-from jaxserve.runner.sampler import sample
+from jaxserve.runner.device_state import DeviceState, write_slot, write_watched
+from jaxserve.runner.forks import forks_shape, write_forks
+from jaxserve.runner.sampler import edit_logits, sample
+from jaxserve.runner.scores import score_prompts, score_sampled
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 logger = logging.getLogger("jaxserve.runner")
 
 
+class StepArrays(NamedTuple):
+    """What a step gives: tokens (NO_TOKEN where the logits are not numbers) and scores (runner/scores.py)."""
+
+    token_B: jax.Array
+    score_BZ: jax.Array  # zeros if no row wants scores
+    score_QZ: jax.Array | None  # of prompt rows; None in a program without prefill
+
+
 def run_step(
     graphdef: nnx.GraphDef, shape: Shape, page_size: int, params: Any, state: DeviceState, packed: jax.Array
-) -> tuple[DeviceState, jax.Array]:
-    """The whole step, as one program: unpack, model, sample, remember. Returns the sampled tokens [B].
+) -> tuple[DeviceState, StepArrays]:
+    """The whole step, as one program: unpack, model, sample, score, remember.
 
     Donates `state`. `graphdef`, `shape` and `page_size` are constants of the program.
     """
     step = unpack_step(packed, shape, page_size, state.last_token_X, state.table_XW)
     model = nnx.merge(graphdef, params)
-    logits_BV, kv = model(step.batch, state.kv)
-    token_B = sample(logits_BV, step.rows, step.slot_B, state.edits_XV, state.bias_XV)
+    x_TD, kv = model(step.batch, state.kv)
+    x_BD = x_TD[step.batch.sample_token_B]
+    logits_BV = model.compute_logits(x_BD)
+    logits_BV = edit_logits(logits_BV, step.rows, step.slot_B, state.edits_XV, state.bias_XV)
+    token_B = sample(logits_BV, step.rows)
+    score_BZ = score_sampled(
+        x_BD, model.compute_logits, logits_BV, token_B, step.rows, step.slot_B, state.watched_XM
+    )
+    score_QZ = None
+    if step.places is not None:
+        score_QZ = score_prompts(x_TD, model.compute_logits, step.places, state.watched_XM)
+    fed_B = jnp.maximum(token_B, 0)  # a row without a token ends its sequence; a stale row may still follow
     new_state = DeviceState(
         kv=kv,
-        last_token_X=state.last_token_X.at[step.slot_B].set(token_B),
+        last_token_X=state.last_token_X.at[step.slot_B].set(fed_B),
         table_XW=step.batch.table_XW,
-        edits_XV=state.edits_XV.at[step.slot_B, token_B].add(1),
+        edits_XV=state.edits_XV.at[step.slot_B, fed_B].add(1),
         bias_XV=state.bias_XV,
+        watched_XM=state.watched_XM,
     )
-    return new_state, token_B
+    return new_state, StepArrays(token_B, score_BZ, score_QZ)
 
 
 class Programs:
@@ -64,12 +85,13 @@ class Programs:
         self._table_width = state.table_XW.shape[1]
         self.ladder = ladder
         self.ready: Mapping[Shape, Any] = {}  # replaced, never changed
+        self.write_forks: Callable | None = None  # None until it is compiled
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def is_warm(self) -> bool:
-        return len(self.ready) == len(self.ladder.shapes)
+        return self.write_forks is not None and len(self.ready) == len(self.ladder.shapes)
 
     def compile_one(self, shape: Shape) -> None:
         """Compile the program of a shape, or restore it from the persistent cache."""
@@ -91,18 +113,34 @@ class Programs:
         writer = jax.jit(write_slot, donate_argnums=0)
         return writer.lower(self._abstract_state, slot, edits_V, bias_V).compile()
 
+    def compile_watched_writer(self) -> Callable:
+        """The program that puts a new sequence's watched ids in place."""
+        watched_XM = self._abstract_state.watched_XM
+        slot = jax.ShapeDtypeStruct((), jnp.int32)
+        watched_M = jax.ShapeDtypeStruct(watched_XM.shape[1:], jnp.int32)
+        return jax.jit(write_watched, donate_argnums=0).lower(watched_XM, slot, watched_M).compile()
+
+    def compile_forks(self) -> None:
+        """Compile the program that beams wait for: it writes block tables and copies pages."""
+        packed = jax.ShapeDtypeStruct(forks_shape(self._table_width), jnp.int32)
+        writer = jax.jit(write_forks, donate_argnums=0)
+        self.write_forks = writer.lower(self._abstract_state, packed).compile()
+
     def compile_rest(self, on_done: Callable[[], None]) -> None:
-        """Compile every shape that is not ready, in ladder order, on a thread; then call on_done."""
+        """Compile what is not ready, forks first and then shapes in ladder order, on a thread; then call
+        on_done."""
 
         def work() -> None:
-            for shape in self.ladder.shapes:
+            todo = {"forks": self.compile_forks} if self.write_forks is None else {}
+            shapes = [shape for shape in self.ladder.shapes if shape not in self.ready]
+            todo |= {f"the step of {shape}": partial(self.compile_one, shape) for shape in shapes}
+            for name, compile_program in todo.items():
                 if self._stopping.is_set():
                     return
-                if shape not in self.ready:
-                    try:
-                        self.compile_one(shape)
-                    except jax.errors.JaxRuntimeError:  # most likely too little memory for so large a step
-                        logger.exception("The step of %s could not be compiled; serving without it.", shape)
+                try:
+                    compile_program()
+                except jax.errors.JaxRuntimeError:  # most likely too little memory for so large a step
+                    logger.exception("The program of %s could not be compiled; serving without it.", name)
             on_done()
 
         self._thread = threading.Thread(target=work, name="jaxserve-compile", daemon=True)

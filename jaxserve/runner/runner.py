@@ -8,9 +8,8 @@ Knows pages, slots and token ids; knows nothing of requests, text or the queue.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,50 +18,66 @@ from flax import nnx
 
 from jaxserve.runner.batch import pack_step, slot_params
 from jaxserve.runner.buckets import Ladder, split_step
-from jaxserve.runner.device_state import PoolSize, allocate, edit_rows
+from jaxserve.runner.checkpoint import Checkpoint, log_progress
+from jaxserve.runner.device_state import PoolSize, compile_allocation, edit_rows, watched_row
+from jaxserve.runner.forks import pack_forks
+from jaxserve.runner.memory import (
+    MemoryUse,
+    Weights,
+    allocated_bytes,
+    delete_arrays,
+    live_bytes,
+    trim_host_memory,
+)
+from jaxserve.runner.pending import PendingStep, note_launch
 from jaxserve.runner.programs import CompileCounter, Programs
-from jaxserve.scheduler.plan import SlotInit, StepLimits, StepPlan, StepResult
-from jaxserve.types import TokenParams
+from jaxserve.scheduler.plan import SlotInit, StepLimits, StepPlan
+from jaxserve.types import KV_CACHE, WEIGHTS, ScoreParams, TokenParams
 
 logger = logging.getLogger("jaxserve.runner")
 
 
-@dataclass(frozen=True, slots=True)
-class PendingStep:
-    """A launched step: the sampled tokens of its launches, still on their way."""
+class Update(NamedTuple):
+    """Weights to serve instead of the present ones: their values on the host."""
 
-    launches: tuple[tuple[jax.Array, int, int, int], ...]  # token_B, decode rows, padded rows, chunks
-
-    def read(self) -> StepResult:
-        """Wait for the device; the tokens in the plan's order: decode rows, then chunks."""
-        decode: list[int] = []
-        chunks: list[int] = []
-        for token_B, num_decode, padded_rows, num_chunks in self.launches:
-            tokens = np.asarray(token_B).tolist()
-            decode += tokens[:num_decode]
-            chunks += tokens[padded_rows : padded_rows + num_chunks]
-        return StepResult(decode + chunks)
+    checkpoint: Checkpoint
+    values: list[np.ndarray]
 
 
 class ModelRunner:
-    def __init__(self, model: nnx.Module, cfg: Any, pool: PoolSize, kv_dtype: jnp.dtype, ladder: Ladder):
-        graphdef, self._params = nnx.split(model)
-        self._state = allocate(cfg, pool, kv_dtype)
+    """`checkpoint` is what `model` was read from; without it dropped weights cannot come back."""
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        cfg: Any,
+        pool: PoolSize,
+        kv_dtype: jnp.dtype,
+        ladder: Ladder,
+        checkpoint: Checkpoint | None = None,
+    ):
+        graphdef, params = nnx.split(model)
+        self._weights = Weights(params)
+        self._checkpoint = checkpoint
+        self._allocate = compile_allocation(cfg, pool, kv_dtype)
+        self._state = self._allocate()
         self._vocab_size = cfg.vocab_size
         self._pool = pool
         greedy_F = slot_params(TokenParams(max_new_tokens=0), 0)  # padding asks for nothing, not even top-p
         self._params_XF = np.tile(greedy_F, (pool.num_slots + 1, 1))
+        self._scores_X: list[ScoreParams | None] = [None] * (pool.num_slots + 1)
         self.compiles = CompileCounter()
-        self.programs = Programs(graphdef, self._params, self._state, ladder, pool.page_size)
+        self.programs = Programs(graphdef, params, self._state, ladder, pool.page_size)
         self._write_slot = self.programs.compile_slot_writer()
+        self._write_watched = self.programs.compile_watched_writer()
 
     @property
     def param_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._params))
+        return live_bytes(self._weights.tree)
 
     @property
     def kv_bytes(self) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.kv))
+        return live_bytes(self._state.kv)
 
     def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
         """Compile what serving needs first: the ladder's first two programs."""
@@ -73,7 +88,8 @@ class ModelRunner:
         on_progress(len(first), len(first))
 
     def close(self) -> None:
-        """Stop compiling in the background; the runner must not be used afterwards."""
+        """Stop compiling and reading in the background; the runner must not be used afterwards."""
+        self.stop_reading()
         self.programs.stop()
         self.compiles.close()
 
@@ -94,12 +110,14 @@ class ModelRunner:
             max_chunks=min(shape.num_chunks for shape in ready if shape.num_tokens),
             max_chunk_tokens=token_buckets[-1],
             token_buckets=tuple(token_buckets),
+            can_fork=self.programs.write_forks is not None,
         )
 
     def step(self, plan: StepPlan) -> PendingStep:
         """Launch a plan and return at once. The plan must fit `limits()`."""
         for init in plan.inits:
             self._init_slot(init)
+        self._fork(plan)
         shapes = split_step(len(plan.decode), plan.num_chunk_tokens, list(self.programs.ready))
         assert shapes is not None, f"no program is ready for {plan}"
         launches = []
@@ -109,13 +127,78 @@ class ModelRunner:
             packed = pack_step(
                 shape, decode, chunks, self._params_XF, self._pool.page_size, self._pool.table_width
             )
-            self._state, token_B = self.programs.ready[shape](self._params, self._state, packed)
-            token_B.copy_to_host_async()
-            launches.append((token_B, len(decode), shape.num_rows, len(chunks)))
-        return PendingStep(tuple(launches))
+            self._state, arrays = self.programs.ready[shape](self._weights.tree, self._state, packed)
+            launches.append(note_launch(arrays, shape, decode, chunks, self._scores_X))
+        return PendingStep(tuple(launches), self._vocab_size)
+
+    def _fork(self, plan: StepPlan) -> None:
+        for packed in pack_forks(plan.tables, plan.copies, self._pool.num_slots, self._pool.table_width):
+            assert self.programs.write_forks is not None, f"forks are not ready for {plan}"
+            self._state = self.programs.write_forks(self._state, packed)
 
     def _init_slot(self, init: SlotInit) -> None:
         self._params_XF[init.slot] = slot_params(init.params, len(init.prompt_ids))
         if init.params.has_extras:
             edits_V, bias_V = edit_rows(self._vocab_size, init.params, init.prompt_ids, init.output_ids)
             self._state = self._write_slot(self._state, np.int32(init.slot), edits_V, bias_V)
+        scores = init.params.scores
+        self._scores_X[init.slot] = scores
+        if scores is not None and scores.watched_ids:
+            watched_M = watched_row(scores.watched_ids)
+            watched_XM = self._write_watched(self._state.watched_XM, np.int32(init.slot), watched_M)
+            self._state = self._state._replace(watched_XM=watched_XM)
+
+    def memory_use(self) -> MemoryUse:
+        """What is held now."""
+        is_away = {WEIGHTS: self._weights.is_away, KV_CACHE: live_bytes(self._state) == 0}
+        return MemoryUse(
+            param_bytes=self.param_bytes,
+            kv_bytes=self.kv_bytes,
+            slot_bytes=live_bytes(self._state) - self.kv_bytes,
+            device_bytes=allocated_bytes(),
+            host_param_bytes=self._weights.kept_bytes,
+            released=tuple(tag for tag, is_released in is_away.items() if is_released),
+        )
+
+    def release_memory(self, tags: Collection[str], *, keeps_weights: bool) -> None:
+        """Free device memory; what is away already stays away. No step may run until it is back.
+
+        Weights that are kept go to the host; without `keeps_weights` a copy there goes too.
+        """
+        if WEIGHTS in tags and not keeps_weights:
+            self._weights.drop()
+        elif WEIGHTS in tags and not self._weights.is_away:
+            self._weights.move_to_host()  # may fail, and then nothing was given back
+        if KV_CACHE in tags:
+            delete_arrays(self._state)
+        trim_host_memory()
+
+    def resume_memory(self, tags: Collection[str]) -> None:
+        """Take it again: an empty pool, the same weights. Raises what reading or the device raises, and then
+        what is missing is still away."""
+        if WEIGHTS in tags and self._weights.is_away:
+            if self._weights.is_kept:
+                self._weights.put_back()
+            else:
+                assert self._checkpoint is not None, "the weights were dropped and cannot be read again"
+                self._weights.put_new(self._checkpoint.read_tree(log_progress))
+                trim_host_memory()
+        if KV_CACHE in tags and live_bytes(self._state) == 0:
+            self._state = jax.block_until_ready(self._allocate())
+
+    def read_update(self, model_path: str, load_format: str) -> Update:
+        """Other weights, on the host; steps may run meanwhile. Raises ConfigError or WeightError."""
+        assert self._checkpoint is not None, "there is no checkpoint to compare with"
+        other = self._checkpoint.find_other(model_path, load_format)
+        return Update(other, other.read_values(log_progress))
+
+    def install_update(self, update: Update) -> None:
+        """Put weights that `read_update` gave in place of the present ones, or fail and keep those."""
+        self._weights.exchange(update.values)
+        self._checkpoint = update.checkpoint
+        trim_host_memory()
+
+    def stop_reading(self) -> None:
+        """Weights that are being read now, or later, are not read to the end."""
+        if self._checkpoint is not None:
+            self._checkpoint.stopping.set()

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.scheduler.plan import NO_TOKEN
+
 # One row's parameters as they travel: each field is 32 bits, floats as their bits.
 SAMPLING_FIELDS = {
     "temperature": np.float32,  # 0 means greedy
@@ -30,6 +32,8 @@ SAMPLING_FIELDS = {
     "seed": np.int32,
     "min_position": np.int32,  # tokens at positions below it may not be stop ids
     "has_extras": np.int32,  # whether edits_XV and bias_XV of the row's slot are to be read
+    "wants_scores": np.int32,  # whether the log-probabilities of sampled tokens are to be told
+    "is_scaled": np.int32,  # whether those told are of the distribution that is sampled from
 }
 
 # edits_XV holds, for a slot and a token, how often the token was generated (low bits) and two flags.
@@ -51,6 +55,8 @@ class RowParams(NamedTuple):
     seed: jax.Array
     min_position: jax.Array
     has_extras: jax.Array
+    wants_scores: jax.Array
+    is_scaled: jax.Array
     position: jax.Array
 
 
@@ -64,25 +70,35 @@ def read_params(params_BF: jax.Array, position_B: jax.Array) -> RowParams:
     return RowParams(*columns, position=position_B)
 
 
-def sample(
+def edit_logits(
     logits_BV: jax.Array, rows: RowParams, slot_B: jax.Array, edits_XV: jax.Array, bias_XV: jax.Array
 ) -> jax.Array:
-    """One token id a row, int32 [B], from float32 logits."""
-    logits_BV = jax.lax.cond(
+    """The float32 logits that are sampled from: those of rows with extras edited, the others as they are."""
+    return jax.lax.cond(
         jnp.any(rows.has_extras > 0),
-        lambda: _edit_logits(logits_BV, rows, edits_XV[slot_B], bias_XV[slot_B]),
+        lambda: _edit_rows(logits_BV, rows, edits_XV[slot_B], bias_XV[slot_B]),
         lambda: logits_BV,
     )
+
+
+def sample(logits_BV: jax.Array, rows: RowParams) -> jax.Array:
+    """One token id a row, int32 [B], from edited logits; NO_TOKEN where they are not numbers.
+
+    A row is refused if it holds a NaN, or if its largest logit is infinite (with either sign).
+    """
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     is_greedy_B = rows.temperature == 0
-    return jax.lax.cond(
+    token_B = jax.lax.cond(
         jnp.all(is_greedy_B),
         lambda: greedy_B,
         lambda: jnp.where(is_greedy_B, greedy_B, _draw(logits_BV, rows)),
     )
+    # argmax counts NaN as the largest, so the value it points to tells of the whole row.
+    largest_B = jnp.take_along_axis(logits_BV, greedy_B[:, None], axis=1)[:, 0]
+    return jnp.where(jnp.isfinite(largest_B), token_B, NO_TOKEN)
 
 
-def _edit_logits(logits_BV: jax.Array, rows: RowParams, edits_BV: jax.Array, bias_BV: jax.Array) -> jax.Array:
+def _edit_rows(logits_BV: jax.Array, rows: RowParams, edits_BV: jax.Array, bias_BV: jax.Array) -> jax.Array:
     """Repetition, frequency and presence penalties, bias, stop ids before the minimum length.
 
     Repetition (Keskar et al. 2019) looks at prompt and output, the other two (OpenAI) at output only.
@@ -97,7 +113,8 @@ def _edit_logits(logits_BV: jax.Array, rows: RowParams, edits_BV: jax.Array, bia
     edited_BV += bias_BV
     too_early_B1 = (rows.position < rows.min_position)[:, None]
     edited_BV = jnp.where(too_early_B1 & ((edits_BV & IS_STOP) > 0), -jnp.inf, edited_BV)
-    return jnp.where((rows.has_extras > 0)[:, None], edited_BV, logits_BV)
+    is_edited_BV = (rows.has_extras > 0)[:, None] & ~jnp.isnan(logits_BV)  # a NaN is to be noticed
+    return jnp.where(is_edited_BV, edited_BV, logits_BV)
 
 
 def _draw(logits_BV: jax.Array, rows: RowParams) -> jax.Array:

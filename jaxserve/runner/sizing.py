@@ -136,11 +136,13 @@ def choose_sizes(
 
 
 def _pool_budget(config: ServerConfig, machine: Machine, param_bytes: int) -> int:
-    """Bytes that the pool and the slots may take together."""
+    """Bytes that the pool and the slots may take together. What others hold already is not ours to take."""
     if machine.platform == "cpu" and config.mem_fraction_static is None:
         return min(CPU_KV_BYTES, (machine.free_bytes - param_bytes) // 2)
-    fraction = config.mem_fraction_static or 0.88
-    return int(machine.memory_bytes * fraction) - param_bytes
+    wanted_bytes = int(machine.memory_bytes * (config.mem_fraction_static or 0.88))
+    if machine.platform == "cpu":
+        return min(wanted_bytes, machine.free_bytes) - param_bytes
+    return wanted_bytes - (machine.memory_bytes - machine.free_bytes) - param_bytes
 
 
 def _min_rows(platform: str, precision: Precision, max_rows: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
+from jaxserve.scheduler.beams import count_first_pages, count_soon_pages
 from jaxserve.scheduler.plan import PrefillChunk, SlotInit, StepLimits
 from jaxserve.scheduler.prefix_cache import Node
 from jaxserve.scheduler.state import PrefillLead, SchedulerState, Seq, SeqStatus
@@ -45,7 +46,7 @@ def plan_prefill(
                 state.cache.release(offer.node, seq.token_ids, offer.page_ids, 0, seq.cache_salt)
             continue
         if offer.page_ids is not None:
-            inits.append(_admit(state, seq, offer.node, offer.page_ids))
+            inits += _admit(state, seq, offer.node, offer.page_ids)
         chunks.append(_plan_chunk(state, seq, num_tokens))
     return tuple(inits), tuple(chunks)
 
@@ -90,9 +91,11 @@ def _gather_admissions(state: SchedulerState, limits: StepLimits, budget: int, o
     Running sequences claim what their prefill lacks and one page to grow, so that an admission does not
     bring about a retraction a moment later. When nothing runs nothing is claimed, and the head of the
     queue fits: `add` saw to it that any request fits the whole pool. If the head does not fit, nobody
-    overtakes it. Only a request that is held for another's prefill is passed over.
+    overtakes it. Only a request that is held for another's prefill is passed over, and a beam search for
+    which the programs are not ready yet.
     """
-    num_slots = min(limits.max_rows, state.max_rows) - len(state.running)
+    max_rows = min(limits.max_rows, state.max_rows)
+    num_slots = max_rows - (state.max_rows - len(state.free_slots))
     num_unclaimed = state.cache.num_available - sum(
         _count_claim(state, seq) for seq in state.running.values()
     )
@@ -100,7 +103,10 @@ def _gather_admissions(state: SchedulerState, limits: StepLimits, budget: int, o
     for seq in state.waiting:
         if num_slots <= 0 or budget == 0 or len(offers) >= limits.max_chunks or num_held == MAX_HELD:
             return
-        if seq.leader is not None and seq.leader.is_pending:
+        if seq.epoch == 0 and not limits.admits_new:
+            return
+        is_early = seq.is_search and not (limits.can_fork and seq.params.beam_width <= max_rows)
+        if is_early or (seq.leader is not None and seq.leader.is_pending):
             num_held += 1
             continue
         node = state.cache.match(seq.token_ids, seq.cache_salt, seq.num_cacheable_tokens)
@@ -109,17 +115,19 @@ def _gather_admissions(state: SchedulerState, limits: StepLimits, budget: int, o
             num_held += 1
             continue
         num_wanted = _count_soon(state, seq, seq.num_known) - node.depth + state.cache.count_unused(node)
-        if num_wanted > num_unclaimed:
+        if num_wanted > num_unclaimed or seq.params.beam_width > num_slots:
             return
         num_unclaimed -= num_wanted
         num_tokens = min(seq.num_known - node.depth * state.page_size, budget)
         budget -= num_tokens
-        num_slots -= 1
+        num_slots -= seq.params.beam_width
         offers.append(Offer(seq=seq, num_tokens=num_tokens, node=node, page_ids=state.cache.lock(node)))
 
 
 def _count_soon(state: SchedulerState, seq: Seq, num_tokens: int) -> int:
     """Pages for `num_tokens` tokens of a sequence and one page to grow, if it will ever need it."""
+    if seq.is_search:
+        return count_first_pages(state, seq)
     return state.pages_for(min(num_tokens + state.page_size, seq.num_kv_tokens))
 
 
@@ -127,6 +135,8 @@ def _count_claim(state: SchedulerState, seq: Seq) -> int:
     """Pages that a running sequence does not hold yet, and will want soon."""
     if seq.is_fully_planned:
         return 0
+    if seq.beams:
+        return count_soon_pages(state, seq)
     return _count_soon(state, seq, max(seq.prefill_end, seq.num_planned)) - len(seq.page_ids)
 
 
@@ -154,12 +164,12 @@ def _find_leader(state: SchedulerState, seq: Seq, node: Node, offers: list[Offer
     return None
 
 
-def _admit(state: SchedulerState, seq: Seq, node: Node, page_ids: list[int]) -> SlotInit:
+def _admit(state: SchedulerState, seq: Seq, node: Node, page_ids: list[int]) -> list[SlotInit]:
     index = bisect.bisect_left(state.waiting, seq.queue_key, key=lambda other: other.queue_key)
     assert state.waiting[index] is seq, f"request {seq.rid!r} is not where the queue's order has it"
     del state.waiting[index]
     seq.status = SeqStatus.RUNNING
-    seq.slot = state.free_slots.pop()
+    seq.slot, *seq.beam_slots = [state.free_slots.pop() for _ in range(seq.params.beam_width)]
     seq.tail = node
     seq.page_ids = page_ids
     seq.prefill_end = seq.num_known
@@ -169,12 +179,13 @@ def _admit(state: SchedulerState, seq: Seq, node: Node, page_ids: list[int]) -> 
         seq.num_cached_tokens = seq.num_planned
         state.num_prompt_tokens += seq.num_prompt_tokens
         state.num_cached_tokens += seq.num_cached_tokens
-    return SlotInit(
+    init = SlotInit(
         slot=seq.slot,
         params=seq.params,
         prompt_ids=seq.token_ids[: seq.num_prompt_tokens],
         output_ids=seq.token_ids[seq.num_prompt_tokens :],
     )
+    return [init, *(SlotInit(slot, seq.params, [], []) for slot in seq.beam_slots)]
 
 
 def _plan_chunk(state: SchedulerState, seq: Seq, num_tokens: int) -> PrefillChunk:

@@ -103,6 +103,7 @@ class StepLimits:
     max_chunk_tokens: int  # prefill tokens in one step
     token_buckets: tuple[int, ...]  # ascending sizes of the prefill token axis
     can_fork: bool = True  # whether tables can be written and pages copied: beams wait for it
+    admits_new: bool = True  # False: only what has run before may enter, so that all of that ends
 
 
 class StepResult(msgspec.Struct, frozen=True):

@@ -146,6 +146,16 @@ class PrefixCache:
                 self._unused.move_to_end(node.page_id)
             node = node.parent
 
+    def share(self, page_ids: list[int]) -> None:
+        """Add an owner to pages that are not cached: the beams of a search share theirs."""
+        for page_id in page_ids:
+            self.pool.retain(page_id)
+
+    def drop(self, page_ids: list[int]) -> None:
+        """Take an owner from pages that are not cached."""
+        for page_id in page_ids:
+            self.pool.release(page_id)
+
     def clear(self) -> None:
         """Evict every unused page."""
         while self._unused:

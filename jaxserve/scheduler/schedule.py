@@ -6,21 +6,25 @@ clocks or text.
 
 Overlap. A plan may be made while earlier ones are not applied yet, so a sequence may have tokens in
 flight: sampled on the device, and fed there to the next step, without the host having seen them. A stop is
-learnt when its step is applied; what was planned for the sequence in between is a stale row.
+learnt when its step is applied; what was planned for the sequence in between is a stale row. A beam search
+has no overlap with itself: what a step gives decides what the next one feeds.
 
 Why pages can be given back at once although stale rows may still be running. The device runs steps in
 order of launch. A stale row was launched before the page was given back, so it writes before any later
 step writes there for a new owner, and nobody reads a position that a later step has not written. A page
 that goes to the prefix cache instead is no exception: it is filled by tokens that are known and whose KV
 planned steps compute, and a stale row writes at the position of the last known token or after it, that is
-either the very token the page holds there, or past every cached page. So a cached page never changes.
+either the very token the page holds there, or past every cached page. So a cached page never changes. Pages
+of beams are not cached, and one that beams share is not written (beams.py); copies run in the same order.
 
 Why it ends. `_secure_oldest` gives the oldest running sequence its next page before anyone else, taking
-from the others if need be, and it is never a victim itself; so as long as it has anything left to plan it
-gets at least one token further in every step, and it fits the pool by `add`. Only the admission of a still
-older one takes this place from it, which happens at most once for each older request. When it has ended,
-the same holds for the next oldest; when nothing runs the head of the queue is admitted. So every request
-ends, and there is never a lack of pages to raise an error for.
+from the others if need be; if it is a beam search, `_plan_decode_rows` gives it all the pages of its next
+step, taking from those who got theirs before it too. It is never a victim itself; so as long as it has
+anything left to plan it gets at least one token further in every step (a search in every step that finds
+none of its rows in flight), and it fits the pool by `add`.
+Only the admission of a still older one takes this place from it, which happens at most once for each older
+request. When it has ended, the same holds for the next oldest; when nothing runs the head of the queue is
+admitted. So every request ends, and there is never a lack of pages to raise an error for.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ import bisect
 import dataclasses
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler import beams
 from jaxserve.scheduler.admit import plan_prefill
 from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, StepLimits, StepPlan, StepResult
 from jaxserve.scheduler.state import SchedulerState, Seq, SeqStatus, has_work, make_delta
@@ -47,7 +52,8 @@ def add(
     """Queue a request: higher priority first, then first come first served.
 
     `params.max_new_tokens` is clipped so that the request fits the pool when it is alone there. Raises
-    InvalidRequestError for an empty prompt, one that the whole pool cannot hold, or an id in use.
+    InvalidRequestError for an empty prompt, one that the whole pool cannot hold, an id in use, or a beam
+    search that can never run.
     """
     capacity = state.pool.num_usable * state.page_size
     num_prompt_tokens = len(prompt_ids)
@@ -62,6 +68,8 @@ def add(
             "Shorten the prompt, or start the server with a larger --max-total-tokens.",
             param="prompt",
         )
+    if params.beam_width > 1:
+        params = beams.fit_search(state, num_prompt_tokens, params)
     if num_prompt_tokens + params.max_new_tokens > capacity:
         params = dataclasses.replace(params, max_new_tokens=capacity - num_prompt_tokens)
     seq = Seq(
@@ -91,9 +99,16 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
         f"no room for a step: {limits}"
     )
     _secure_oldest(state)
-    rows = _plan_decode_rows(state)
+    rows, searches = _plan_decode_rows(state)
     inits, chunks = plan_prefill(state, limits)
-    plan = StepPlan(step=state.num_steps, inits=inits, decode=tuple(rows.values()), chunks=chunks)
+    plan = StepPlan(
+        step=state.num_steps,
+        inits=inits,
+        decode=(*rows.values(), *(row for search in searches.values() for row in search.rows)),
+        chunks=chunks,
+        tables=tuple(table for search in searches.values() for table in search.tables),
+        copies=tuple(copy for search in searches.values() for copy in search.copies),
+    )
     if not plan.is_empty:
         state.num_steps += 1
     return plan
@@ -110,11 +125,17 @@ def apply(state: SchedulerState, plan: StepPlan, result: StepResult) -> list[Tok
     scores = result.scores or [None] * num_results
     deltas: list[TokenDelta] = []
     running = state.running
+    searches: dict[int, list[tuple[int, TokenScores | None]]] = {}
     for row, token_id, row_scores in zip(plan.decode, token_ids, scores, strict=False):
         seq = running.get(row.seq_id)
         if seq is not None and seq.epoch == row.epoch:
+            if seq.beams:
+                searches.setdefault(seq.seq_id, []).append((token_id, row_scores))
+                continue
             assert row.position == len(seq.token_ids) - 1, f"step {plan.step} is applied out of order"
             deltas.append(_append_token(state, seq, token_id, row_scores))
+    for seq_id, results in searches.items():
+        deltas += _advance_search(state, running[seq_id], results)
     told = iter(result.prompt_scores)
     for chunk, token_id, row_scores in zip(plan.chunks, token_ids[num_rows:], scores[num_rows:], strict=True):
         prompt_scores = next(told) if chunk.score_places else []
@@ -123,9 +144,12 @@ def apply(state: SchedulerState, plan: StepPlan, result: StepResult) -> list[Tok
             continue
         seq.num_scored += len(prompt_scores)
         is_last = chunk.start + len(chunk.token_ids) == seq.prefill_end
-        if chunk.samples:
+        if chunk.samples and seq.is_search:
+            beams.begin(state, seq)
+            deltas += _advance_search(state, seq, [(token_id, row_scores)], prompt_scores)
+        elif chunk.samples:
             deltas.append(_append_token(state, seq, token_id, row_scores, prompt_scores))
-        elif is_last and token_id == NO_TOKEN:
+        elif token_id == NO_TOKEN:
             deltas.append(_fail(state, seq))
         elif is_last and seq.params.max_new_tokens == 0:
             _end(state, seq)
@@ -158,11 +182,24 @@ def flush(state: SchedulerState) -> bool:
     return True
 
 
+def retract_all(state: SchedulerState) -> int:
+    """Put everything that runs back in the queue, its tokens kept; returns how many that were."""
+    seqs = list(state.running.values())
+    for seq in seqs:
+        _retract(state, seq)
+    return len(seqs)
+
+
 def _secure_oldest(state: SchedulerState) -> None:
-    """Give the oldest running sequence the page for its next position, before anyone else takes it."""
+    """Give the oldest running sequence the page for its next position, before anyone else takes it.
+
+    A beam search past its prefill takes its pages in `_plan_decode_rows`, from those with rows already too.
+    """
     if not state.running:
         return
     oldest = state.running[min(state.running)]
+    if oldest.is_search and not oldest.is_prefilling:
+        return
     if oldest.is_fully_planned or oldest.num_planned < len(oldest.page_ids) * state.page_size:
         return
     while state.cache.num_available == 0:
@@ -170,33 +207,39 @@ def _secure_oldest(state: SchedulerState) -> None:
     oldest.page_ids.append(state.cache.allocate())
 
 
-def _plan_decode_rows(state: SchedulerState) -> dict[int, DecodeRow]:
-    """One row for every sequence past its prefill, by seq_id, in order of admission."""
+def _plan_decode_rows(state: SchedulerState) -> tuple[dict[int, DecodeRow], dict[int, beams.BeamStep]]:
+    """One row for every sequence past its prefill, and the rows of every search; both by seq_id."""
     rows: dict[int, DecodeRow] = {}
+    searches: dict[int, beams.BeamStep] = {}
     page_size = state.page_size
     for seq in list(state.running.values()):
         if seq.status is not SeqStatus.RUNNING or not seq.can_decode:
             continue  # retracted for a row above, or waiting for results
         position = seq.num_planned
         index = position // page_size
-        if index == len(seq.page_ids):
-            while state.cache.num_available == 0 and seq.status is SeqStatus.RUNNING:
-                victim = _choose_victim(state)
-                # Its row must not run in the step that gives its pages to others.
-                if rows.pop(victim.seq_id, None) is not None:
-                    victim.num_planned -= 1
-                _retract(state, victim)
-            if seq.status is not SeqStatus.RUNNING:
-                continue  # it was the victim itself
+        num_missing = beams.count_step_pages(state, seq) if seq.beams else index - len(seq.page_ids) + 1
+        while state.cache.num_available < num_missing and seq.status is SeqStatus.RUNNING:
+            victim = _choose_victim(state)
+            # Its rows must not run in the step that gives its pages to others.
+            if rows.pop(victim.seq_id, None) or searches.pop(victim.seq_id, None):
+                victim.num_planned -= 1
+            _retract(state, victim)
+        if seq.status is not SeqStatus.RUNNING:
+            continue  # it was the victim itself
+        if seq.beams:
+            searches[seq.seq_id] = beams.plan_step(state, seq)
+            continue
+        if num_missing:
             seq.page_ids.append(state.cache.allocate())
         rows[seq.seq_id] = DecodeRow(seq.slot, seq.seq_id, seq.epoch, position, seq.page_ids[index])
         seq.num_planned = position + 1
         seq.num_in_flight += 1
-    return rows
+    return rows, searches
 
 
 def _choose_victim(state: SchedulerState) -> Seq:
-    """The running sequence with the fewest output tokens, the latest among equals; never the oldest.
+    """The running sequence with the fewest output tokens, those of all beams counted, and the latest among
+    equals; never the oldest.
 
     Those that have nothing left to plan come last: they end with the steps in flight, and give their
     pages back without losing work.
@@ -204,7 +247,7 @@ def _choose_victim(state: SchedulerState) -> Seq:
     oldest_id = min(state.running)
     return min(
         (seq for seq in state.running.values() if seq.seq_id != oldest_id),
-        key=lambda seq: (seq.is_fully_planned, seq.num_output_tokens, -seq.seq_id),
+        key=lambda seq: (seq.is_fully_planned, beams.count_output_tokens(seq), -seq.seq_id),
     )
 
 
@@ -213,7 +256,7 @@ def _retract(state: SchedulerState, seq: Seq) -> None:
 
     Known output tokens are kept and later prefilled like a prompt, mostly out of the prefix cache. Those
     in flight are dropped and sampled again; sampling depends on seed and position alone, so they come
-    out the same.
+    out the same. A beam search starts again from its prompt, and comes out the same too.
     """
     _release(state, seq)
     seq.status = SeqStatus.WAITING
@@ -250,15 +293,37 @@ def _append_token(
     return make_delta(seq, [token_id], finish, scores=told, prompt_scores=prompt_scores)
 
 
+def _advance_search(
+    state: SchedulerState,
+    seq: Seq,
+    results: list[tuple[int, TokenScores | None]],
+    prompt_scores: list[TokenScores] | None = None,
+) -> list[TokenDelta]:
+    """Choose the next beams from the results of a row of each live one; tell them when all are finished."""
+    if any(token_id == NO_TOKEN for token_id, _ in results):
+        return [_fail(state, seq)]
+    row_scores = [scores for _, scores in results if scores is not None]
+    assert len(row_scores) == len(results), f"the beams of {seq.rid!r} came without scores"
+    seq.num_in_flight -= 1
+    beams.advance(state, seq, row_scores)
+    if not beams.is_over(seq):
+        return [make_delta(seq, [], prompt_scores=prompt_scores)] if prompt_scores else []
+    found = beams.list_results(seq)
+    state.num_generated_tokens += sum(len(beam.token_ids) for beam in found)
+    _end(state, seq)
+    return [make_delta(seq, [], found[0].finish, prompt_scores=prompt_scores, beams=found)]
+
+
 def _fail(state: SchedulerState, seq: Seq) -> TokenDelta:
     """End a sequence whose logits are not numbers; its neighbours' rows are their own."""
+    num_output_tokens = seq.num_output_tokens + seq.search_depth
     seq.num_planned = 0  # its pages hold no numbers either: keep none of them for others
     _release(state, seq)
     seq.status = SeqStatus.FINISHED
     del state.by_rid[seq.rid]
     state.num_aborted += 1
     message = (
-        f"The model's logits were not finite numbers (NaN) at output token {seq.num_output_tokens + 1}; "
+        f"The model's logits were not finite numbers (NaN) at output token {num_output_tokens + 1}; "
         "the request was ended. Its weights may be damaged, or its numbers too large for the dtype."
     )
     return make_delta(seq, [], FinishReason(kind="abort", message=message, http_status=500))
@@ -272,9 +337,11 @@ def _end(state: SchedulerState, seq: Seq) -> None:
 
 
 def _release(state: SchedulerState, seq: Seq) -> None:
-    """Give back the slot and pages of a running sequence; pages full of reusable tokens stay cached."""
+    """Give back the slots and pages of a running sequence; pages full of reusable tokens stay cached."""
+    beams.drop_beams(state, seq)
     del state.running[seq.seq_id]
-    state.free_slots.append(seq.slot)
+    state.free_slots += [seq.slot, *seq.beam_slots]
+    seq.beam_slots = []
     state.cache.release(seq.tail, seq.token_ids, seq.page_ids, seq.num_reusable_tokens, seq.cache_salt)
     seq.slot = -1
     seq.page_ids = []

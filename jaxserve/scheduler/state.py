@@ -1,6 +1,6 @@
 """What the scheduler knows: one Seq a live request, and the SchedulerState that holds them all.
 
-Changed only by schedule.py and admit.py; read by the engine through the functions at the end. Plain
+Changed only by schedule.py, admit.py and beams.py; read by the engine through the functions at the end. Plain
 data: knows nothing of text, arrays, devices or time. All order is that of lists and dicts.
 """
 
@@ -11,13 +11,39 @@ from enum import Enum
 
 from jaxserve.scheduler.pages import PagePool
 from jaxserve.scheduler.prefix_cache import Node, PrefixCache
-from jaxserve.types import FinishReason, TokenDelta, TokenParams, TokenScores
+from jaxserve.types import BeamResult, FinishReason, TokenDelta, TokenParams, TokenScores
 
 
 class SeqStatus(Enum):
     WAITING = "waiting"  # for a slot: never run so far, or retracted
     RUNNING = "running"  # has a slot: in its prefill, or decoding
     FINISHED = "finished"  # stopped, full or aborted; holds nothing
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Link:
+    """The newest token of a hypothesis and the way back to its first; siblings share what is before them."""
+
+    token_id: int
+    scores: TokenScores
+    before: Link | None
+    length: int  # tokens from the first to this one
+
+
+@dataclass(slots=True, eq=False)
+class Beam:
+    """A hypothesis of a beam search. It is live until it has a `finish`; then it holds no slot, no page."""
+
+    newest: Link | None  # None for the prompt itself, from which a search starts
+    cumulative_logprob: float
+    finish: FinishReason | None = None
+    slot: int = -1
+    page_ids: list[int] = field(default_factory=list)  # what follows Seq.page_ids; siblings may share them
+    is_table_known: bool = True  # whether the device has this beam's block table in the slot
+
+    @property
+    def length(self) -> int:
+        return 0 if self.newest is None else self.newest.length
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +57,10 @@ class Seq:
     During the prefill nothing is in flight and num_planned < prefill_end = num_known. From the end of
     the prefill on, num_planned + 1 == num_known + num_in_flight: the last sampled token, known or
     not, has no KV yet.
+
+    A beam search (beam_width above 1) is one Seq too. Once its prefill is applied it has `beams`: then
+    token_ids remain the prompt, page_ids are the prompt's full pages, and num_planned and num_in_flight
+    count the positions of each live beam, which all have the same length.
     """
 
     seq_id: int  # order of arrival
@@ -53,6 +83,8 @@ class Seq:
     num_scored: int = 0  # of params.scores.prompt_rows, those whose scores were told
     num_score_planned: int = 0  # those that planned steps compute, told or not
     leader: PrefillLead | None = None  # whose prefill this waiting sequence is held for
+    beam_slots: list[int] = field(default_factory=list)  # beside `slot`, reserved at admission
+    beams: list[Beam] = field(default_factory=list)  # best first
 
     @property
     def num_known(self) -> int:
@@ -81,9 +113,21 @@ class Seq:
         """Whether the prefill is planned to its end and one more token may be asked for.
 
         The row at position p samples token p + 1, so asking for no more than max_new_tokens, known and
-        in flight, is the same as feeding no position past the last that needs KV.
+        in flight, is the same as feeding no position past the last that needs KV. What a beam search
+        feeds next is decided by what is in flight.
         """
+        if self.num_in_flight and self.is_search:
+            return False
         return self.prefill_end <= self.num_planned < self.num_kv_tokens
+
+    @property
+    def is_search(self) -> bool:
+        return self.params.beam_width > 1
+
+    @property
+    def search_depth(self) -> int:
+        """Tokens of each live beam."""
+        return max((beam.length for beam in self.beams), default=0)
 
     @property
     def is_fully_planned(self) -> bool:
@@ -181,18 +225,21 @@ def make_delta(
     *,
     scores: list[TokenScores] | None = None,
     prompt_scores: list[TokenScores] | None = None,
+    beams: list[BeamResult] | None = None,
 ) -> TokenDelta:
-    """New tokens of one request (already part of `seq`) and scores, with its counts so far."""
+    """New tokens of one request (already part of `seq`) and scores, with its counts so far; or all beams."""
+    num_beam_tokens = sum(len(beam.token_ids) for beam in beams or ())
     return TokenDelta(
         rid=seq.rid,
         token_ids=token_ids,
         num_prompt_tokens=seq.num_prompt_tokens,
         num_cached_tokens=seq.num_cached_tokens or 0,
-        num_output_tokens=len(seq.token_ids) - seq.num_prompt_tokens,
+        num_output_tokens=len(seq.token_ids) - seq.num_prompt_tokens + num_beam_tokens,
         num_retractions=seq.epoch,
         finish=finish,
         scores=scores or [],
         prompt_scores=prompt_scores or [],
+        beams=beams or [],
     )
 
 
@@ -205,6 +252,9 @@ def check_integrity(state: SchedulerState) -> None:
     for seq in state.running.values():
         for page_id in seq.page_ids:
             owners[page_id] += 1
+        for beam in seq.beams:
+            for page_id in beam.page_ids:
+                owners[page_id] += 1
     for node in state.cache.list_nodes():
         owners[node.page_id] += 1
     state.pool.check_integrity(owners)
@@ -217,9 +267,12 @@ def check_integrity(state: SchedulerState) -> None:
         assert seq.status is SeqStatus.WAITING, f"{where} is {seq.status}"
         assert seq.slot == -1, f"{where} holds slot {seq.slot}"
         assert not seq.page_ids, f"{where} holds pages {seq.page_ids}"
+        assert not seq.beam_slots, f"{where} holds slots {seq.beam_slots}"
+        assert not seq.beams, f"{where} has beams"
     keys = [seq.queue_key for seq in state.waiting]
     assert keys == sorted(keys), f"the waiting queue is out of order: {keys}"
-    slots = sorted([seq.slot for seq in state.running.values()] + state.free_slots)
+    used = [slot for seq in state.running.values() for slot in (seq.slot, *seq.beam_slots)]
+    slots = sorted(used + state.free_slots)
     assert slots == list(range(state.max_rows)), (
         f"slots in use and free ones do not make {state.max_rows}: {slots}"
     )
@@ -233,7 +286,11 @@ def _check_running(state: SchedulerState, seq: Seq) -> None:
     where = f"running request {seq.rid!r}"
     assert seq.status is SeqStatus.RUNNING, f"{where} is {seq.status}"
     wanted = state.pages_for(seq.num_planned)
-    assert len(seq.page_ids) == wanted, f"{where} holds {len(seq.page_ids)} pages for {wanted}"
+    live = [beam for beam in seq.beams if beam.finish is None]
+    for num_pages in [len(seq.page_ids) + len(beam.page_ids) for beam in live] or [len(seq.page_ids)]:
+        assert num_pages == wanted, f"{where} holds {num_pages} pages for {wanted}"
+    if seq.is_search:
+        _check_search(state, seq, live, where)
     assert seq.prefill_end <= seq.num_known, f"{where} lost known tokens"
     assert 0 < seq.num_planned <= seq.num_kv_tokens, (
         f"{where} has {seq.num_planned} positions planned, but no use for more than {seq.num_kv_tokens}"
@@ -241,8 +298,9 @@ def _check_running(state: SchedulerState, seq: Seq) -> None:
     if seq.is_prefilling:
         assert seq.num_in_flight == 0, f"{where} has tokens in flight during its prefill"
     elif seq.params.max_new_tokens > 0:
-        assert seq.num_planned + 1 == seq.num_known + seq.num_in_flight, (
-            f"{where} has {seq.num_known} tokens known, {seq.num_in_flight} in flight, {seq.num_planned} fed"
+        num_known = seq.num_known + seq.search_depth
+        assert seq.num_planned + 1 == num_known + seq.num_in_flight, (
+            f"{where} has {num_known} tokens known, {seq.num_in_flight} in flight, {seq.num_planned} fed"
         )
     path = []
     node = seq.tail
@@ -250,3 +308,23 @@ def _check_running(state: SchedulerState, seq: Seq) -> None:
         path.append(node.page_id)
         node = node.parent
     assert path[::-1] == seq.page_ids[: len(path)], f"{where} holds other pages than its cached path"
+
+
+def _check_search(state: SchedulerState, seq: Seq, live: list[Beam], where: str) -> None:
+    reserved = [seq.slot, *seq.beam_slots]
+    assert len(reserved) == seq.params.beam_width, f"{where} reserves the slots {reserved}"
+    assert len(seq.beams) <= seq.params.beam_width, f"{where} has {len(seq.beams)} beams"
+    if not seq.beams:
+        return
+    assert live, f"{where} goes on without a live beam"
+    slots = [beam.slot for beam in live]
+    assert len(set(slots)) == len(slots), f"{where} has two beams in one of the slots {slots}"
+    assert set(slots) <= set(reserved), f"{where} uses the slots {slots} of {reserved}"
+    assert len(seq.page_ids) == seq.num_prompt_tokens // state.page_size, (
+        f"{where} holds {len(seq.page_ids)} pages for its prompt's full ones"
+    )
+    assert {beam.length for beam in live} == {seq.search_depth}, f"{where} has live beams of two lengths"
+    sums = [beam.cumulative_logprob for beam in seq.beams]
+    assert sums == sorted(sums, reverse=True), f"{where} has its beams out of order: {sums}"
+    for beam in seq.beams:
+        assert beam.finish is None or not beam.page_ids, f"{where} keeps pages for a finished beam"

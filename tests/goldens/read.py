@@ -1,14 +1,15 @@
 """Reads the golden files beside it, and says how far logits are from them.
 
-scripts/make_goldens.py makes the files with torch and transformers: logits in float64, stored as float32, and
-greedy ids in float32. Tests of the families, of the engine and of the server read them here. Knows nothing of
-jax or torch.
+scripts/make_goldens.py and make_beam_goldens.py make the files with torch and transformers: logits in
+float64, stored as float32, greedy ids and beams in float32. Tests of the families, of the engine and of the
+server read them here. Knows nothing of jax or torch.
 
     manifest.json       how the files were made, and the tolerances
     prompts.json        the prompts for the real models: text, or chat messages
     tiny_<name>.npz     logits and greedy ids of a model of tests/tiny.py
     <real model>.json   prompt as rendered, its ids, 64 greedy ids and their text, for each of prompts.json
     <real model>.npz    the numbers that go with it
+    beams_<real model>.json  what a beam search finds for some of prompts.json
 """
 
 from __future__ import annotations
@@ -87,6 +88,12 @@ def read_tiny_goldens(name: str) -> dict[int, TinyGolden]:
         )
         for length in TINY_PROMPT_LENGTHS
     }
+
+
+def read_beam_goldens(model: str) -> dict[str, Any]:
+    """`beam_width`, `max_new_tokens`, `stop_id`, and in `prompts` the beams by prompt name, best first: each
+    has `token_ids`, the stop id included, and `sum`, good to about 2e-4."""
+    return json.loads((GOLDENS_DIR / f"beams_{model}.json").read_text(encoding="utf-8"))
 
 
 def read_real_goldens(model: str) -> dict[str, RealGolden]:

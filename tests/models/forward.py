@@ -42,13 +42,19 @@ def compute_logits(model: Any, token_ids: list[int], chunk_tokens: int | None = 
     shape_PSKH = (num_pages + 1, PAGE_SIZE, cfg.num_kv_heads, cfg.head_dim)
     kv = [KVLayer(jnp.zeros(shape_PSKH), jnp.zeros(shape_PSKH)) for _ in range(cfg.num_layers)]
     graphdef, params = nnx.split(model)
-    step = jax.jit(lambda params, batch, kv: nnx.merge(graphdef, params)(batch, kv))
+
+    def run(params, batch: StepBatch, kv: list[KVLayer]) -> tuple[jax.Array, list[KVLayer]]:
+        model = nnx.merge(graphdef, params)
+        x_TD, kv = model(batch, kv)
+        return model.compute_logits(x_TD), kv
+
+    step = jax.jit(run)
     logits = []
     chunk_tokens = chunk_tokens or len(token_ids)
     for start in range(0, len(token_ids), chunk_tokens):
         ids = token_ids[start : start + chunk_tokens]
-        logits_BV, kv = step(params, make_batch(ids, start, table), kv)
-        logits.append(np.asarray(logits_BV))
+        logits_TV, kv = step(params, make_batch(ids, start, table), kv)
+        logits.append(np.asarray(logits_TV))
     return np.concatenate(logits)
 
 

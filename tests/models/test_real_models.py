@@ -1,4 +1,4 @@
-"""The two real models against transformers in float32: logits after the prompt, and 64 greedy tokens."""
+"""The two real models against transformers in float32: logits after the prompt, 64 greedy tokens, beams."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import asyncio
 import numpy as np
 import pytest
 
+from jaxserve.types import ScoreParams
 from jaxserve.weights.resolve import resolve_model
 from tests.engine.running_engine import start_engine, token_ids
 from tests.goldens.read import (
     QWEN,
     SMOLLM2,
     projected_relative_error,
+    read_beam_goldens,
     read_manifest,
     read_real_goldens,
     relative_error,
@@ -72,3 +74,32 @@ def test_greedy_continuations_are_identical(real):
         assert same or token_ids(deltas)[:end] == golden.greedy_ids[:end], golden.name
         assert same or end < 64, golden.name
     assert num_identical >= 20
+
+
+def test_beams_are_those_of_transformers():
+    """On prompts where its search and ours have one answer: scripts/make_beam_goldens.py says when."""
+    files = resolve_model(MODEL_PATHS[SMOLLM2], on_progress=lambda *_: None)
+    golden = read_beam_goldens(SMOLLM2)
+    prompts = read_real_goldens(SMOLLM2)
+    width = golden["beam_width"]
+    params = {
+        "max_new_tokens": golden["max_new_tokens"],
+        "stop_ids": (golden["stop_id"],),
+        "beam_width": width,
+        "scores": ScoreParams(of_output=True, num_top=width),
+    }
+
+    async def scenario():
+        async with start_engine(str(files.files[0]), max_running_requests=16, context_length=512) as engine:
+            return await asyncio.gather(
+                *(engine.generate(name, prompts[name].prompt_ids, **params) for name in golden["prompts"])
+            )
+
+    answers = asyncio.run(asyncio.wait_for(scenario(), 900))
+    for expected, deltas in zip(golden["prompts"].values(), answers, strict=True):
+        beams = deltas[-1].beams
+        assert [beam.token_ids for beam in beams] == [beam["token_ids"] for beam in expected]
+        sums = [beam.cumulative_logprob for beam in beams]
+        assert sums == pytest.approx([beam["sum"] for beam in expected], abs=1e-3)
+        ends = [beam.token_ids[-1] == golden["stop_id"] for beam in beams]
+        assert [beam.finish.kind for beam in beams] == ["stop" if end else "length" for end in ends]

@@ -1,41 +1,12 @@
-"""Sampling on the device: what may be drawn, how often, and that seeds mean what they say."""
+"""Sampling on the device: greedy, the edits of logits, seeds. How often: test_distributions.py."""
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.runner.batch import slot_params
-from jaxserve.runner.device_state import edit_rows
-from jaxserve.runner.sampler import read_params, sample
 from jaxserve.types import TokenParams
-
-VOCAB_SIZE = 13
-sample_jit = jax.jit(sample)
-
-
-def draw(logits_BV, params: list[TokenParams], positions: list[int], prompts=None, outputs=None):
-    """Sampled ids, one a row; row b is in slot b, with a prompt of 4 tokens unless given."""
-    num_rows = len(params)
-    prompts = prompts or [[0, 1, 2, 3]] * num_rows
-    outputs = outputs or [[]] * num_rows
-    params_BF = np.stack([slot_params(p, len(prompt)) for p, prompt in zip(params, prompts, strict=True)])
-    rows = read_params(jnp.asarray(params_BF), jnp.asarray(positions, jnp.int32))
-    edits, bias = zip(
-        *(edit_rows(VOCAB_SIZE, p, i, o) for p, i, o in zip(params, prompts, outputs, strict=True)),
-        strict=True,
-    )
-    slot_B = jnp.arange(num_rows, dtype=jnp.int32)
-    logits_BV = jnp.asarray(np.broadcast_to(logits_BV, (num_rows, VOCAB_SIZE)), jnp.float32)
-    return np.asarray(sample_jit(logits_BV, rows, slot_B, jnp.asarray(edits), jnp.asarray(bias)))
-
-
-def frequencies(logits_V, params: TokenParams, num_draws: int = 4096) -> np.ndarray:
-    """How often each id comes up over many positions."""
-    ids = draw(logits_V, [params] * num_draws, list(range(4, num_draws + 4)))
-    return np.bincount(ids, minlength=VOCAB_SIZE) / num_draws
+from tests.runner.draws import VOCAB_SIZE, draw
 
 
 @pytest.fixture
@@ -43,51 +14,10 @@ def logits_V():
     return np.random.default_rng(5).standard_normal(VOCAB_SIZE).astype(np.float32) * 2
 
 
-def softmax(x):
-    weight = np.exp(x - x.max())
-    return weight / weight.sum()
-
-
 def test_greedy_takes_the_lowest_id_among_equals():
     logits = np.zeros(VOCAB_SIZE)
     logits[[4, 7]] = 3.0
     assert draw(logits, [TokenParams(max_new_tokens=1)], [4]).tolist() == [4]
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_frequencies_follow_the_softmax(logits_V, temperature):
-    want = softmax(logits_V / temperature)
-    got = frequencies(logits_V, TokenParams(max_new_tokens=1, temperature=temperature, seed=3))
-    chi_square = 4096 * np.sum((got - want) ** 2 / want)
-    assert chi_square < 34.5  # 12 degrees of freedom: exceeded once in 2,000 seeds
-
-
-def test_top_k_keeps_the_k_best(logits_V):
-    got = frequencies(logits_V, TokenParams(max_new_tokens=1, temperature=1.0, top_k=3))
-    assert set(np.flatnonzero(got)) == set(np.argsort(-logits_V)[:3])
-
-
-def test_top_p_keeps_the_smallest_set_that_reaches_p(logits_V):
-    order = np.argsort(-logits_V)
-    mass = np.cumsum(softmax(logits_V)[order])
-    for p in (0.05, 0.5, 0.9):
-        kept = order[: np.searchsorted(mass, p) + 1]
-        got = frequencies(logits_V, TokenParams(max_new_tokens=1, temperature=1.0, top_p=p), 8192)
-        assert set(np.flatnonzero(got)) <= set(kept)
-        assert set(np.flatnonzero(got)) >= {i for i in kept if softmax(logits_V)[i] > 0.01}
-
-
-def test_top_p_counts_the_mass_that_top_k_left():
-    logits = np.log(np.array([0.4, 0.3, 0.2, 0.1] + [1e-9] * (VOCAB_SIZE - 4)))
-    # Of {0.4, 0.3} the first alone holds 0.57: enough for 0.5, though not of the whole distribution's 0.5.
-    got = frequencies(logits, TokenParams(max_new_tokens=1, temperature=1.0, top_k=2, top_p=0.5))
-    assert set(np.flatnonzero(got)) == {0}
-
-
-def test_min_p_is_relative_to_the_best(logits_V):
-    probability = softmax(logits_V)
-    got = frequencies(logits_V, TokenParams(max_new_tokens=1, temperature=1.0, min_p=0.2), 8192)
-    assert set(np.flatnonzero(got)) == set(np.flatnonzero(probability >= 0.2 * probability.max()))
 
 
 def test_penalties_and_bias_follow_their_formulas(logits_V):

@@ -63,6 +63,13 @@ def test_a_pool_is_never_larger_than_all_rows_can_fill():
     assert size(LAPTOP, max_running_requests=1, context_length=16).num_tokens == 2 * 16
 
 
+def test_memory_that_others_hold_is_left_to_them():
+    shared = Machine(platform="gpu", num_devices=1, memory_bytes=139 * GIB, free_bytes=39 * GIB)
+    alone = Machine(platform="gpu", num_devices=1, memory_bytes=139 * GIB, free_bytes=139 * GIB)
+    lost_bytes = (size(alone).num_tokens - size(shared).num_tokens) * 24 * 1024
+    assert abs(lost_bytes - 100 * GIB) < GIB
+
+
 def test_whole_prompts_in_one_step():
     assert size(LAPTOP, chunked_prefill_size=-1, context_length=4096).chunk_tokens == 4096
 

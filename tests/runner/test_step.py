@@ -102,7 +102,7 @@ def test_a_mixed_step_runs_as_one_program_once_it_is_ready(runner):
     mixed = StepPlan(0, plan.inits, (row(0, 33, 1),), plan.chunks)
 
     def run() -> tuple[list[int], int]:
-        runner.step(prefill(0, long.prompt_ids, 1)).read().token_ids
+        runner.step(prefill(0, long.prompt_ids, 1)).read()
         step = runner.step(mixed)
         return step.read().token_ids, len(step.launches)
 
@@ -120,19 +120,21 @@ def test_limits_grow_with_the_programs_that_are_ready(runner):
         if shape not in runner.programs.ready:
             runner.programs.compile_one(shape)
     after = runner.limits()
-    assert (after.max_rows, after.token_buckets) == (4, (16, 32, 64))
+    assert (after.max_rows, after.token_buckets, after.can_fork) == (4, (16, 32, 64), False)
+    runner.programs.compile_forks()
+    assert runner.limits().can_fork
     assert runner.compile_counts()[2]
 
 
 def test_once_warm_a_step_compiles_nothing(runner):
-    runner.step(prefill(0, [5, 6, 7], 1)).read().token_ids
+    runner.step(prefill(0, [5, 6, 7], 1)).read()
     before = runner.compile_counts()[0]
     runner.compiles.expect_no_more()
     extras = TokenParams(max_new_tokens=4, temperature=0.7, presence_penalty=1.0, logit_bias=((5, 1.0),))
     plan = prefill(0, [5, 6, 7, 8], 1)
     plan = StepPlan(0, (SlotInit(0, extras, [5, 6, 7, 8], []),), (), plan.chunks)
-    runner.step(plan).read().token_ids
-    runner.step(StepPlan(0, (), (row(0, 4, 1),), ())).read().token_ids
+    runner.step(plan).read()
+    runner.step(StepPlan(0, (), (row(0, 4, 1),), ())).read()
     assert runner.compile_counts()[:2] == (before, 0)
     jax.jit(lambda x: x * 3.14159)(np.ones(17)).block_until_ready()
     assert runner.compile_counts()[1] == 1  # a compile anywhere in the process is noticed

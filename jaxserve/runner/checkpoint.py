@@ -1,0 +1,145 @@
+"""The checkpoint behind the served weights: enough to read it again, or another one in its place.
+
+Made by build.py, kept by the runner. Another checkpoint must be of the same architecture, to the field,
+because the compiled programs are; its files may be of any kind and type. Reading may be stopped from another
+thread. Knows nothing of devices beyond where `put` places an array.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxserve.errors import UnavailableError, WeightError
+from jaxserve.kernels_pallas.dispatch import KernelSet
+from jaxserve.models.registry import find_family
+from jaxserve.runner.host_memory import read_host_memory
+from jaxserve.runner.memory import delete_arrays
+from jaxserve.weights.loader import PutArray, load_params, put_on_default_device
+from jaxserve.weights.resolve import ModelFiles, resolve_model
+
+OnProgress = Callable[[str, float, float | None], None]  # stage, done, total
+
+GIB = 1 << 30
+
+logger = logging.getLogger("jaxserve.runner")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Files, and how they are made into parameters."""
+
+    files: ModelFiles
+    family: Any
+    cfg: Any
+    kernels: KernelSet
+    dtype: str
+    quantization: str
+    random_seed: int = 0
+    download_dir: str | None = None
+    put: PutArray = put_on_default_device
+    stopping: threading.Event = field(default_factory=threading.Event)
+
+    def read_model(self, on_progress: OnProgress, put: PutArray | None = None) -> nnx.Module:
+        """The model with its parameters. Raises WeightError, and UnavailableError once `stopping` is set."""
+
+        def tell(stage: str, done: float, total: float | None) -> None:
+            if self.stopping.is_set():
+                raise UnavailableError("The engine is shutting down; the weights were not read to the end.")
+            on_progress(stage, done, total)
+
+        params = load_params(
+            self.files,
+            self.family.param_specs(self.cfg),
+            dtype=self.dtype,
+            quantization=self.quantization,
+            on_progress=tell,
+            put=put or self.put,
+            random_seed=self.random_seed,
+        )
+        return self.family.Model(self.cfg, params, self.kernels)
+
+    def read_tree(self, on_progress: OnProgress) -> Any:
+        """The parameters on the device, as the step programs take them; on failure nothing stays there."""
+        placed: list[jax.Array] = []
+
+        def put(path: str, array: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
+            placed.append(self.put(path, array, axes))
+            return placed[-1]
+
+        try:
+            return jax.block_until_ready(nnx.split(self.read_model(on_progress, put))[1])
+        except BaseException:
+            delete_arrays(placed)
+            raise
+
+    def read_values(self, on_progress: OnProgress) -> list[np.ndarray]:
+        """The same on the host, by leaf of that tree. Raises WeightError if the host has no room."""
+        num_bytes = self._count_bytes()
+        free_bytes = read_host_memory().free_bytes
+        if num_bytes > free_bytes:
+            raise WeightError(
+                f"The new weights take {num_bytes / GIB:.1f} GiB of host memory until they are in place, "
+                f"and {free_bytes / GIB:.1f} GiB are free."
+            )
+        model = self.read_model(on_progress, put=lambda _path, array, _axes: array)  # type: ignore[arg-type]
+        return jax.tree.leaves(nnx.split(model)[1])
+
+    def find_other(self, model_path: str, load_format: str) -> Checkpoint:
+        """Another checkpoint in place of this one, checked to be of the same architecture; nothing is read
+        but its config. Raises ConfigError or WeightError naming what differs."""
+        files = resolve_model(
+            model_path,
+            download_dir=self.download_dir,
+            load_format=load_format,
+            on_progress=lambda *_: None,
+        )
+        family, cfg = read_family(model_path, files)
+        if family is not self.family:
+            raise WeightError(
+                f"{model_path} is a {_architecture(files)}; this server serves a {_architecture(self.files)}."
+            )
+        for name in (setting.name for setting in dataclasses.fields(self.cfg)):
+            served, other = getattr(self.cfg, name), getattr(cfg, name)
+            if served != other:
+                raise WeightError(
+                    f"{model_path} has {name} {other}, the served model has {served}: its weights do not fit."
+                )
+        return dataclasses.replace(self, files=files)
+
+    def _count_bytes(self) -> int:
+        """Of the served parameters, about."""
+        item_bytes = {"float32": 4}.get(self.dtype, 2) if self.quantization == "none" else 1
+        return sum(
+            math.prod(spec.shape) * (4 if spec.kind == "vector" else item_bytes)
+            for spec in self.family.param_specs(self.cfg)
+        )
+
+
+def log_progress(stage: str, done: float, total: float | None) -> None:
+    """For reading while the server is up: the end of it is worth a line."""
+    if done == total:
+        logger.info("%s: %.2f GB", stage, done / 1e9)
+
+
+def read_family(model_path: str, files: ModelFiles) -> tuple[Any, Any]:
+    """The family module and its Config of a model; WeightError if it is none that we serve."""
+    try:
+        family = find_family(files.hf_config)
+        return family, family.Config.from_hf(files.hf_config)
+    except (ValueError, KeyError, TypeError) as error:
+        detail = f"the field {error} is missing" if isinstance(error, KeyError) else str(error)
+        raise WeightError(f"{model_path} cannot be served: {detail}.") from error
+
+
+def _architecture(files: ModelFiles) -> str:
+    return ", ".join(files.hf_config.get("architectures") or ["model of no name"])

@@ -1,0 +1,174 @@
+"""Log-probabilities on the device: those of the sampled rows, and those of chosen rows of the prompts.
+
+Called inside the step program; the runner reads on the host what comes back (`read_scores`). All in
+float32, natural logarithms, over the whole vocabulary. Work that no row of a step asks for is skipped.
+
+Axes that only this file and those that hand it its arrays know:
+
+    Q  prompt rows that are scored, at most the step's prefill tokens
+    M  watched ids of a slot, MAX_WATCHED_IDS
+    E  the ids whose logprob is looked up: a row's target, then its watched ids
+    J  the best ids of a row, MAX_TOP_LOGPROBS
+    Z  the 32-bit words of one row's scores, floats as their bits:
+
+       logprob of the target | J best ids | their J logprobs | M logprobs of the watched ids
+
+A row whose logits are not numbers (see `sample`) scores NaN everywhere. Knows nothing of requests or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.runner.sampler import RowParams
+from jaxserve.types import MAX_TOP_LOGPROBS, MAX_WATCHED_IDS, ScoreParams, TokenScores
+
+SCORE_WIDTH = 1 + 2 * MAX_TOP_LOGPROBS + MAX_WATCHED_IDS
+BLOCK_ROWS = 32  # prompt rows whose logits exist at a time
+GROUP_IDS = 128  # ids that compete as one in the first stage of `find_top`
+
+
+class ScorePlaces(NamedTuple):
+    """The prompt rows that a step scores: the first `count` of Q; what lies behind them is padding."""
+
+    count: jax.Array  # int32 scalar
+    token_Q: jax.Array  # int32, index in T
+    target_Q: jax.Array  # int32, the token that follows there
+    slot_Q: jax.Array  # int32
+    temperature_Q: jax.Array  # float32, what the logits are divided by
+
+
+def scoring_temperature(rows: RowParams) -> jax.Array:
+    """What a row's logits are divided by before they are scored: 1 unless the scaled ones are wanted."""
+    return jnp.where((rows.is_scaled > 0) & (rows.temperature > 0), rows.temperature, 1.0)
+
+
+def score_sampled(
+    x_BD: jax.Array,
+    compute_logits: Callable[[jax.Array], jax.Array],
+    edited_BV: jax.Array,
+    token_B: jax.Array,
+    rows: RowParams,
+    slot_B: jax.Array,
+    watched_XM: jax.Array,
+) -> jax.Array:
+    """The scores of the tokens just sampled, [B, Z]; zeros if no row that samples wants any.
+
+    Of the model's own distribution, or for rows that say `is_scaled` of the one after penalties, bias
+    and temperature (1 for greedy rows). Padding, and chunks that do not sample, name the trash slot.
+
+    `edited_BV` took the place of the logits in memory. If a row needs them as they were, they are computed
+    once more: keeping them would cost every step a copy, those that score nothing included.
+    """
+
+    def score() -> jax.Array:
+        is_scaled_B = rows.is_scaled > 0
+        is_lost_B = (rows.has_extras > 0) & ~is_scaled_B
+        logits_BV = jax.lax.cond(jnp.any(is_lost_B), lambda: compute_logits(x_BD), lambda: edited_BV)
+        scaled_BV = edited_BV / scoring_temperature(rows)[:, None]
+        scored_BV = jnp.where(is_scaled_B[:, None], scaled_BV, logits_BV)
+        return _score_rows(scored_BV, jnp.maximum(token_B, 0), watched_XM[slot_B])
+
+    trash_slot = watched_XM.shape[0] - 1
+    return jax.lax.cond(
+        jnp.any((rows.wants_scores > 0) & (slot_B != trash_slot)),
+        score,
+        lambda: jnp.zeros((token_B.shape[0], SCORE_WIDTH), jnp.int32),
+    )
+
+
+def score_prompts(
+    x_TD: jax.Array,
+    compute_logits: Callable[[jax.Array], jax.Array],
+    places: ScorePlaces,
+    watched_XM: jax.Array,
+) -> jax.Array:
+    """The scores of the chosen rows of prompts, [Q, Z], in blocks: as many as there are rows for, maybe none.
+
+    Temperature is all that `is_scaled` means here: penalties count the output, and none of it is there yet.
+    """
+    num_places = places.token_Q.shape[0]
+    block_rows = min(BLOCK_ROWS, num_places)
+
+    def score_block(block: jax.Array, score_QZ: jax.Array) -> jax.Array:
+        # Where the last block would stick out, slices begin earlier: some rows are scored twice, alike.
+        start = jnp.minimum(block * block_rows, num_places - block_rows)
+        token_B, target_B, slot_B, temperature_B = (
+            jax.lax.dynamic_slice_in_dim(x_Q, start, block_rows)
+            for x_Q in (places.token_Q, places.target_Q, places.slot_Q, places.temperature_Q)
+        )
+        logits_BV = compute_logits(x_TD[jnp.maximum(token_B, 0)]) / temperature_B[:, None]
+        score_BZ = _score_rows(logits_BV, target_B, watched_XM[slot_B])
+        return jax.lax.dynamic_update_slice_in_dim(score_QZ, score_BZ, start, axis=0)
+
+    num_blocks = (places.count + block_rows - 1) // block_rows
+    return jax.lax.fori_loop(0, num_blocks, score_block, jnp.zeros((num_places, SCORE_WIDTH), jnp.int32))
+
+
+def _score_rows(logits_BV: jax.Array, target_B: jax.Array, watched_BM: jax.Array) -> jax.Array:
+    largest_B1 = jnp.max(logits_BV, axis=1, keepdims=True)  # NaN if any is
+    weight_BUI = _group(jnp.exp(logits_BV - largest_B1), 0.0)
+    # Summed in two stages: one float32 sum over a large vocabulary loses digits.
+    log_sum_B1 = jnp.log(jnp.sum(jnp.sum(weight_BUI, axis=2), axis=1, keepdims=True)) + largest_B1
+    log_sum_B1 = jnp.where(jnp.isfinite(largest_B1), log_sum_B1, jnp.nan)
+    top_BJ, top_id_BJ = find_top(logits_BV, MAX_TOP_LOGPROBS)
+    chosen_id_BE = jnp.concatenate([target_B[:, None], watched_BM], axis=1)
+    chosen_BE = jnp.take_along_axis(logits_BV, chosen_id_BE, axis=1, mode="clip") - log_sum_B1
+    parts = [_bits(chosen_BE[:, :1]), top_id_BJ, _bits(top_BJ - log_sum_B1), _bits(chosen_BE[:, 1:])]
+    return jnp.concatenate(parts, axis=1)
+
+
+def find_top(x_BV: jax.Array, num_top: int) -> tuple[jax.Array, jax.Array]:
+    """The `num_top` largest of each row and their indices, best first, the lowest index on ties.
+
+    Past the end of a short row come -inf and indices beyond it. A wide row is searched in two stages (on the
+    CPU 3 to 4 times faster than one): the best groups by their largest member, then their members.
+    Any member of the result has its group among the best `num_top`: every group ahead of its own holds
+    somebody ahead of itself. That is so with ties as well, if they go to the lower index in both stages.
+    """
+    x_BUI = _group(x_BV, -jnp.inf)
+    num_rows, num_groups, _ = x_BUI.shape
+    if num_groups <= num_top:
+        x_BV = x_BUI.reshape(num_rows, -1)
+        padding = max(num_top - x_BV.shape[1], 0)
+        return jax.lax.top_k(jnp.pad(x_BV, ((0, 0), (0, padding)), constant_values=-jnp.inf), num_top)
+    _, group_BJ = jax.lax.top_k(jnp.max(x_BUI, axis=2), num_top)
+    group_BJ = jnp.sort(group_BJ, axis=1)  # so that the members stay in the order of their indices
+    member_BJI = jnp.take_along_axis(x_BUI, group_BJ[:, :, None], axis=1)
+    top_BJ, place_BJ = jax.lax.top_k(member_BJI.reshape(num_rows, -1), num_top)
+    group_BJ = jnp.take_along_axis(group_BJ, place_BJ // GROUP_IDS, axis=1)
+    return top_BJ, group_BJ * GROUP_IDS + place_BJ % GROUP_IDS
+
+
+def _group(x_BV: jax.Array, padding: float) -> jax.Array:
+    """[B, U, I]: the vocabulary as U groups of I = GROUP_IDS neighbouring ids."""
+    num_rows, num_ids = x_BV.shape
+    padded = -num_ids % GROUP_IDS
+    x_BV = jnp.pad(x_BV, ((0, 0), (0, padded)), constant_values=padding)
+    return x_BV.reshape(num_rows, -1, GROUP_IDS)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def read_scores(score: np.ndarray, wanted: ScoreParams, vocab_size: int) -> list[TokenScores]:
+    """Rows [rows, Z] of one request, each cut down to what it wants."""
+    values = score.view(np.float32)
+    num_top, num_watched = min(wanted.num_top, vocab_size), len(wanted.watched_ids)
+    first_logprob, first_watched = 1 + MAX_TOP_LOGPROBS, 1 + 2 * MAX_TOP_LOGPROBS
+    return [
+        TokenScores(*fields)
+        for fields in zip(
+            values[:, 0].tolist(),
+            score[:, 1 : 1 + num_top].tolist(),
+            values[:, first_logprob : first_logprob + num_top].tolist(),
+            values[:, first_watched : first_watched + num_watched].tolist(),
+            strict=True,
+        )
+    ]

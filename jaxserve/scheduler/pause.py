@@ -1,0 +1,40 @@
+"""What pausing and changing the weights need of the scheduler: who has begun, and a cache that is forgotten.
+
+Called by engine/operations.py between two steps. Knows nothing of why the engine pauses.
+"""
+
+from __future__ import annotations
+
+import bisect
+
+from jaxserve.scheduler.state import SchedulerState
+
+# Before it in the queue stand those that have run and were sent back (see Seq.queue_key).
+_FIRST_NEW = (1,)
+
+
+def num_retracted(state: SchedulerState) -> int:
+    """Waiting requests that have run before."""
+    return bisect.bisect_left(state.waiting, _FIRST_NEW, key=lambda seq: seq.queue_key)
+
+
+def has_begun(state: SchedulerState) -> bool:
+    """Whether any request has run and is not at its end."""
+    return bool(state.running) or num_retracted(state) > 0
+
+
+def salted(cache_salt: str, era: int) -> str:
+    """The salt under which a request of an era (a count of `forget_cache`) finds cached pages."""
+    return f"{era}|{cache_salt}" if era else cache_salt
+
+
+def forget_cache(state: SchedulerState, era: int) -> None:
+    """From now on nobody finds a page that was cached before, though requests run or wait.
+
+    `era` is one more than the last time. Pages in use stay with those who use them, under the old salt, and
+    go when they are not used. Requests that are added later must be given `salted(..., era)`.
+    """
+    state.cache.clear()
+    for seq in state.waiting:
+        own_salt = seq.cache_salt.partition("|")[2] if era > 1 else seq.cache_salt
+        seq.cache_salt = salted(own_salt, era)
