@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,14 +91,51 @@ class ServerConfig:
     api_key: str | None = _flag(
         "Server", "clients must send it as a bearer token [no key]", default=None, is_secret=True
     )
-    max_concurrent_requests: int | None = _flag(
-        "Server", "open requests over HTTP; more get status 429 [no limit]", default=None, low=1
+    admin_api_key: str | None = _flag(
+        "Server",
+        "key of the operators' routes (sleep, pause, weights, cache) [the API key]",
+        default=None,
+        is_secret=True,
     )
-    max_queued_requests: int | None = _flag(
-        "Server", "requests waiting for a row; more get status 429 [no limit]", default=None, low=0
+    allowed_origins: str = _flag(
+        "Server", "origins whose web pages may call, separated by commas; * is any, none is none", default="*"
+    )
+    strict_model_name: bool = _flag("Server", "refuse requests that name another model", default=False)
+    incremental_streaming_output: bool = _flag(
+        "Server",
+        "events of a /generate stream hold only what is new",
+        default=False,
+        aliases=("stream_output",),
+    )
+    preferred_sampling_params: Mapping[str, Any] | None = _flag(
+        "Server", "sampling_params for what a request leaves open, as a JSON object [none]", default=None
     )
     stream_interval: int = _flag("Server", "tokens between two events of a stream", default=1, low=1)
+    heartbeat_limit: float = _flag(
+        "Server", "seconds of silence after which the engine counts as unhealthy", default=30.0, low=1
+    )
+    drain_timeout: float = _flag(
+        "Server", "seconds that open requests have to end after SIGTERM or Ctrl-C", default=30.0, low=0
+    )
     skip_server_warmup: bool = _flag("Server", "do not send a first request to ourselves", default=False)
+
+    max_concurrent_requests: int | None = _flag(
+        "Limits", "open requests over HTTP; more get status 429 [no limit]", default=None, low=1
+    )
+    max_queued_requests: int | None = _flag(
+        "Limits", "requests waiting for a row; more get status 429 [no limit]", default=None, low=0
+    )
+    max_prompt_tokens: int | None = _flag(
+        "Limits", "tokens of a prompt [what the context holds]", default=None, low=1, is_size=True
+    )
+    max_n: int | None = _flag(
+        "Limits", "choices for each prompt, n [sequences of a request]", default=None, low=1
+    )
+    max_sequences: int = _flag("Limits", "sequences of one request: prompts times n", default=4096, low=1)
+    max_body_size: int = _flag(
+        "Limits", "bytes of a request's body", default=64 * 1024**2, low=1024, is_size=True
+    )
+    upload_timeout: float = _flag("Limits", "seconds for a request's body to arrive", default=120.0, low=1)
 
     page_size: int | None = _flag(
         "Memory and batching",
@@ -184,8 +222,8 @@ def flag_of(setting: dataclasses.Field[Any]) -> Flag:
 
 
 def kind_of(setting: dataclasses.Field[Any]) -> str:
-    """ "str", "int", "float" or "bool": the annotation without its "| None"."""
-    return str(setting.type).removesuffix(" | None")
+    """ "str", "int", "float", "bool" or "Mapping": the annotation without its "| None" and what is inside."""
+    return str(setting.type).removesuffix(" | None").partition("[")[0]
 
 
 FIELD_BY_KEY: dict[str, str] = {name: name for name in FIELDS} | {
@@ -197,10 +235,10 @@ def check_value(setting: dataclasses.Field[Any], value: object) -> None:
     """Raise ConfigError, naming key, value and range, unless `value` is allowed."""
     flag = flag_of(setting)
     kind = kind_of(setting)
-    if value is None and kind != setting.type:
+    if value is None and str(setting.type).endswith("| None"):
         return
-    if kind == "bool":
-        ok = isinstance(value, bool)
+    if kind in ("bool", "Mapping"):
+        ok = isinstance(value, bool if kind == "bool" else Mapping)
     elif kind == "str":
         ok = isinstance(value, str) and value.strip() != "" and (not flag.choices or value in flag.choices)
     else:
@@ -219,8 +257,10 @@ def allowed(setting: dataclasses.Field[Any]) -> str:
     kind = kind_of(setting)
     if flag.choices:
         return f"one of {', '.join(flag.choices)}"
-    if kind in ("bool", "str"):
-        return {"bool": "true or false", "str": "text, not empty"}[kind]
+    if kind in ("bool", "str", "Mapping"):
+        example = '{"temperature": 0.7}'
+        words = {"bool": "true or false", "str": "text, not empty", "Mapping": f"an object such as {example}"}
+        return words[kind]
     text = {"int": "a whole number", "float": "a number"}[kind]
     text += f" of at least {flag.low}" if flag.high == math.inf else f" from {flag.low} to {flag.high}"
     if flag.is_size:
@@ -229,7 +269,7 @@ def allowed(setting: dataclasses.Field[Any]) -> str:
 
 
 def read_value(name: str, value: Any, folder: Path | None = None) -> Any:
-    """`value` as the field wants it: text is read as a number or a switch, paths are resolved."""
+    """`value` as the field wants it: text is read as what it is to be, paths are resolved."""
     setting = FIELDS[name]
     kind = kind_of(setting)
     if isinstance(value, str):
@@ -238,14 +278,21 @@ def read_value(name: str, value: Any, folder: Path | None = None) -> Any:
             value = _resolve_path(value, folder)
     if kind == "float" and type(value) is int:
         value = float(value)
+    if kind == "Mapping" and isinstance(value, Mapping):
+        value = _as_json(value)
     check_value(setting, value)
     return value
 
 
 def _read_word(word: str, kind: str, flag: Flag) -> Any:
-    """A number or a switch written as text; the text itself if it is not one, for the check to refuse."""
+    """What is written as text; the text itself if it is no such thing, for the check to refuse."""
     if kind == "bool":
         return {"true": True, "false": False}.get(word.lower(), word)
+    if kind == "Mapping":
+        try:
+            return json.loads(word)
+        except ValueError:
+            return word
     digits, scale = word, 1
     if flag.is_size and word[-1:].lower() in SIZE_SUFFIXES:
         digits, scale = word[:-1], SIZE_SUFFIXES[word[-1].lower()]
@@ -253,6 +300,14 @@ def _read_word(word: str, kind: str, flag: Flag) -> Any:
         return (int(digits) if kind == "int" else float(digits)) * scale
     except ValueError:
         return word
+
+
+def _as_json(value: Mapping[Any, Any]) -> Any:
+    """A YAML mapping as JSON would have it, whose keys are text; as text if it cannot be JSON."""
+    try:
+        return json.loads(json.dumps(dict(value), default=str))
+    except TypeError:
+        return str(value)
 
 
 def _resolve_path(text: str, folder: Path | None) -> str:

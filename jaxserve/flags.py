@@ -172,7 +172,7 @@ def _placeholder(setting: Field[Any]) -> str:
         return "{" + ",".join(flag.choices) + "}"
     if flag.is_path or flag.is_size:
         return "PATH" if flag.is_path else "SIZE"
-    return {"bool": "true", "str": "TEXT", "int": "N", "float": "X"}[kind_of(setting)]
+    return {"bool": "true", "str": "TEXT", "int": "N", "float": "X", "Mapping": "JSON"}[kind_of(setting)]
 
 
 def _help(setting: Field[Any]) -> str:

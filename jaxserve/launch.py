@@ -8,27 +8,38 @@ found or downloaded next, and HTTP answers (503, with the progress) while the en
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import os
+import re
+import signal
 import socket
 import sys
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from sanic import Sanic
 
 from jaxserve.config import ServerConfig
 from jaxserve.engine.client import EngineClient
-from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.errors import ConfigError, InvalidRequestError, JaxserveError
 from jaxserve.progress import Progress
 from jaxserve.server.app import create_app
+from jaxserve.server.decode import decode_body
+from jaxserve.server.sampling import read_native_sampling
+from jaxserve.server.schemas import SamplingBody
 from jaxserve.server.settings import ServerSettings, TextTools, read_sampling_defaults
 from jaxserve.supervise import EngineSupervisor
 from jaxserve.text.chat_template import load_chat_template
+from jaxserve.text.stop_regex import check_stop_regex
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.types import TokenParams
 from jaxserve.weights.resolve import ModelFiles, resolve_model
 
 LISTEN_BACKLOG = 1024
-DRAIN_TIMEOUT_S = 30.0  # for open requests to finish after SIGTERM or Ctrl-C
+DRAIN_POLL_S = 0.05
+FLUSH_TIMEOUT_S = 5.0  # for answers that are ready to reach their clients at the end
 WARM_UP_TOKENS = 8
 
 logger = logging.getLogger("jaxserve.launch")
@@ -38,6 +49,8 @@ def run(config: ServerConfig, *, command: list[str]) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit status. Raises ConfigError or WeightError before serving."""
     started_s = time.perf_counter()
     logger.info("server_args=%r", config)
+    read_origins(config.allowed_origins)  # a mistake is told before anything slow
+    read_preferred_sampling(config.preferred_sampling_params)
     listener = _listen(config.host, config.port)
     with Progress(config.log_level) as progress:
         files = find_model(config, progress)
@@ -46,7 +59,7 @@ def run(config: ServerConfig, *, command: list[str]) -> int:
     client = EngineClient()
     supervisor = EngineSupervisor(config, local_model_path(files), client)
     app = create_app(client, text, make_settings(config, files, command))
-    app.config.GRACEFUL_SHUTDOWN_TIMEOUT = DRAIN_TIMEOUT_S
+    app.config.GRACEFUL_SHUTDOWN_TIMEOUT = FLUSH_TIMEOUT_S
     _attach_engine(app, config, client, supervisor, tokenizer, started_s)
     app.run(sock=listener, single_process=True, motd=False, access_log=False)
     if supervisor.failure is not None:
@@ -88,14 +101,52 @@ def make_settings(config: ServerConfig, files: ModelFiles, command: list[str]) -
         tokenizer_path=config.tokenizer_path or local_model_path(files),
         load_format=config.load_format,
         api_key=config.api_key,
+        admin_api_key=config.admin_api_key,
+        allowed_origins=read_origins(config.allowed_origins),
         weight_version=config.weight_version,
         sampling_defaults=read_sampling_defaults(files.generation_config),
+        preferred_sampling_params=read_preferred_sampling(config.preferred_sampling_params),
+        is_model_name_strict=config.strict_model_name,
         max_concurrent_requests=config.max_concurrent_requests,
+        max_prompt_tokens=config.max_prompt_tokens,
+        max_n=config.max_n,
+        max_sequences=config.max_sequences,
+        max_body_bytes=config.max_body_size,
+        upload_timeout_s=config.upload_timeout,
+        heartbeat_limit_s=config.heartbeat_limit,
         stream_interval=config.stream_interval,
+        is_streaming_incremental=config.incremental_streaming_output,
         random_seed=config.random_seed,
         launch_command=" ".join(command),
         server_args=config.shown(),
     )
+
+
+def read_origins(text: str) -> tuple[str, ...]:
+    """Of --allowed-origins. Raises ConfigError for what no browser would send."""
+    origins = tuple(word.strip().rstrip("/") for word in text.split(","))
+    if origins == ("none",):
+        return ()
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+            raise ConfigError(
+                f"allowed_origins must be *, none, or origins such as https://example.com, got {origin!r}.",
+                param="allowed_origins",
+            )
+    return origins
+
+
+def read_preferred_sampling(preferred: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Of --preferred-sampling-params. Raises ConfigError for what a request's own would be refused for."""
+    try:
+        sampling = read_native_sampling(decode_body(json.dumps(preferred or {}).encode(), SamplingBody))
+        sampling.validate()
+        check_stop_regex(sampling.stop_regex)
+    except InvalidRequestError as error:
+        raise ConfigError(
+            f"preferred_sampling_params: {error.message}", param="preferred_sampling_params"
+        ) from None
+    return preferred or {}
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -131,6 +182,9 @@ def _attach_engine(
         tasks.append(asyncio.create_task(_supervise(app, supervisor)))
         tasks.append(asyncio.create_task(_welcome(config, client, tokenizer, started_s)))
 
+    async def hear_signals(app: Sanic) -> None:
+        _hear_signals(app, client, supervisor, config.drain_timeout)
+
     async def drain(_app: Sanic) -> None:
         client.drain()
 
@@ -141,8 +195,43 @@ def _attach_engine(
         await asyncio.gather(*tasks, return_exceptions=True)
 
     app.register_listener(start, "before_server_start")
+    app.register_listener(hear_signals, "after_server_start")  # in place of Sanic's own handlers
     app.register_listener(drain, "before_server_stop")
     app.register_listener(stop, "after_server_stop")
+
+
+def _hear_signals(
+    app: Sanic, client: EngineClient, supervisor: EngineSupervisor, drain_timeout_s: float
+) -> None:
+    """SIGTERM and Ctrl-C: the first lets open requests end and then stops, the second ends all at once.
+
+    Meanwhile HTTP goes on: probes are answered, and new requests get 503.
+    """
+    tasks: list[asyncio.Task[None]] = []
+
+    def hear(number: int) -> None:
+        if tasks:
+            supervisor.kill()
+            os._exit(128 + number)
+        tasks.append(asyncio.create_task(_drain(app, client, drain_timeout_s)))
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, hear, number)
+
+
+async def _drain(app: Sanic, client: EngineClient, timeout_s: float) -> None:
+    generator = app.ctx.state.generator
+    client.drain()
+    deadline_s = time.monotonic() + timeout_s
+    if generator.num_open:
+        logger.info("Shutting down; %d open requests have %g s to end.", generator.num_open, timeout_s)
+    while generator.num_open and time.monotonic() < deadline_s:
+        await asyncio.sleep(DRAIN_POLL_S)
+    if generator.num_open:
+        logger.warning("Shutting down; %d requests had not ended.", generator.num_open)
+        client.end_all("The server shut down before the request had ended.", 503)
+        await asyncio.sleep(DRAIN_POLL_S)  # to be told so
+    app.stop()
 
 
 async def _supervise(app: Sanic, supervisor: EngineSupervisor) -> None:

@@ -20,6 +20,8 @@ from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import msgspec
+
 from jaxserve.build import build_engine
 from jaxserve.config import ServerConfig
 from jaxserve.engine.client import EngineClient
@@ -30,8 +32,11 @@ from jaxserve.launch import find_model, make_settings, read_tokenizer
 from jaxserve.metrics import ServerMetrics
 from jaxserve.progress import Progress
 from jaxserve.server.generation import Generator, Job, new_rid
+from jaxserve.server.logprobs import NativeLogprobs
 from jaxserve.server.pieces import Piece, join_pieces
 from jaxserve.server.replies import render_finish
+from jaxserve.server.sample import MAX_TOKENS_SHOWN, answer, make_question
+from jaxserve.server.sampling import count_choices
 from jaxserve.server.settings import TextTools
 from jaxserve.text.chat_template import load_chat_template
 from jaxserve.types import SamplingParams
@@ -72,6 +77,7 @@ class LLM:
             read_info=lambda: self._client.info,
             read_heartbeat_age_s=lambda: self._client.heartbeat_age_s,
         )
+        self._settings = server_settings
         self._generator = Generator(self._client, text, server_settings, metrics)
         recommended = dataclasses.asdict(server_settings.sampling_defaults)
         self._chat_sampling = SamplingParams(
@@ -105,12 +111,14 @@ class LLM:
     ) -> Any:
         """Continue one prompt (a dict) or several (a list of dicts): text, output_ids, meta_info.
 
-        A prompt is text or a list of token ids. Raises InvalidRequestError as the server would.
+        A prompt is text or a list of token ids; with n or beam_width above 1 it gets a list of dicts.
+        Logprobs that `sampling_params` asks for are in meta_info, as in the answers of /generate, with each
+        token's text. Raises InvalidRequestError as the server would.
         """
         is_single = isinstance(prompts, str) or (bool(prompts) and isinstance(prompts[0], int))
         several: Any = [prompts] if is_single else prompts
         jobs = [self._make_job(prompt, sampling_params) for prompt in several]
-        answers = [_describe(pieces) for pieces in self._run(jobs, show_progress)]
+        answers = self._run(jobs, show_progress)
         return answers[0] if is_single else answers
 
     def chat(
@@ -127,7 +135,7 @@ class LLM:
         is_single = bool(messages) and isinstance(messages[0], dict)
         several: Any = [messages] if is_single else messages
         jobs = [self._make_chat_job(conversation, sampling_params) for conversation in several]
-        answers = [_describe(pieces) for pieces in self._run(jobs, show_progress)]
+        answers = self._run(jobs, show_progress)
         return answers[0] if is_single else answers
 
     def stream(
@@ -135,10 +143,12 @@ class LLM:
     ) -> Iterator[str]:
         """New text as it comes, of a prompt or a conversation. Leaving the loop early ends the request.
 
-        One text at a time: n must be 1.
+        One text at a time: n must be 1, and beam_width too.
         """
-        if sampling_params is not None and sampling_params.n != 1:
-            raise InvalidRequestError(f"n must be 1 for a stream, got {sampling_params.n}.", param="n")
+        for name in ("n", "beam_width"):
+            number = getattr(sampling_params, name, 1)
+            if number > 1:
+                raise InvalidRequestError(f"{name} must be 1 for a stream, got {number}.", param=name)
         is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
         make: Any = self._make_chat_job if is_chat else self._make_job
         arrived: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
@@ -158,6 +168,35 @@ class LLM:
                 raise item
         finally:
             task.cancel()
+
+    def sample(
+        self, prompts: str | Sequence[str], selector: str | Sequence[str], logprobs: int = MAX_TOKENS_SHOWN
+    ) -> Any:
+        """What the model expects wherever a prompt's text holds `selector`: a dict for one prompt, a list of
+        dicts for several, in the shape of POST /v1/sample's replies. Prompts may have a selector each.
+        """
+        several = [prompts] if isinstance(prompts, str) else prompts
+        selectors = [selector] * len(several) if isinstance(selector, str) else selector
+        if len(selectors) != len(several):
+            raise InvalidRequestError(
+                f"There must be one selector for each of the {len(several)} prompts, got {len(selectors)}.",
+                param="selector",
+            )
+        questions = [
+            make_question(prompt, literal, logprobs, self._settings)
+            for prompt, literal in zip(several, selectors, strict=True)
+        ]
+
+        async def ask() -> list[Any]:
+            asked = [answer(question, self._generator, self._tokenizer) for question in questions]
+            return [msgspec.to_builtins(reply) for reply in await asyncio.gather(*asked)]
+
+        work = self._start(ask())
+        try:
+            answers = work.result()
+        finally:
+            work.cancel()
+        return answers[0] if isinstance(prompts, str) else answers
 
     def close(self) -> None:
         """End the engine's thread; what other threads still wait for fails. Closing again does nothing."""
@@ -208,22 +247,29 @@ class LLM:
         job = self._make_job(self._template.render(messages), sampling_params or self._chat_sampling)
         return dataclasses.replace(job, prompt_field="messages", has_special_tokens=True)
 
-    def _run(self, jobs: list[Job], show_progress: bool) -> list[list[Piece]]:
-        """Every job's finished choices, each with its prompt's length."""
+    def _run(self, jobs: list[Job], show_progress: bool) -> list[Any]:
+        """Every job's answer: a dict, or a list of them for several choices."""
 
-        async def collect() -> list[list[Piece]]:
+        async def collect() -> list[Any]:
             num_done = 0
             with Progress() as progress:
                 async with self._generator.open(jobs) as run:
-                    parts: list[list[Piece]] = [[] for _ in run.sequences]
+                    parts: list[list[Piece]] = [[] for _ in run.choices]
                     async for pieces in run:
                         for piece in pieces:
                             parts[piece.index].append(piece)
                             num_done += piece.finish is not None
                         if show_progress:
                             progress.update("Generating", num_done, len(parts), "sequences")
-            whole = [join_pieces(part) for part in parts]
-            return [[whole.pop(0) for _ in range(job.sampling.n)] for job in jobs]
+            writers = [
+                NativeLogprobs(sequence, self._tokenizer, has_text=True, is_cumulative=False)
+                for sequence in run.choices
+            ]
+            answers = [
+                _describe(join_pieces(part), writer) for part, writer in zip(parts, writers, strict=True)
+            ]
+            remaining = iter(answers)
+            return [_take_choices(remaining, count_choices(job.sampling)) for job in jobs]
 
         work = self._start(collect())
         try:
@@ -232,19 +278,20 @@ class LLM:
             work.cancel()  # an interrupted caller wants no more of it
 
 
-def _describe(choices: list[Piece]) -> Any:
-    """One dict a prompt; a list of dicts when n > 1."""
-    answers = [
-        {
-            "text": piece.text,
-            "output_ids": list(piece.token_ids),
-            "meta_info": {
-                "finish_reason": render_finish(piece.finish, piece.num_output_tokens),
-                "prompt_tokens": piece.num_prompt_tokens,
-                "completion_tokens": piece.num_output_tokens,
-                "cached_tokens": piece.num_cached_tokens,
-            },
-        }
-        for piece in choices
-    ]
-    return answers[0] if len(answers) == 1 else answers
+def _describe(piece: Piece, logprobs: NativeLogprobs) -> dict[str, Any]:
+    meta_info = {
+        "finish_reason": render_finish(piece.finish, piece.num_output_tokens),
+        "prompt_tokens": piece.num_prompt_tokens,
+        "completion_tokens": piece.num_output_tokens,
+        "cached_tokens": piece.num_cached_tokens,
+        **logprobs.render(piece),
+    }
+    if piece.cumulative_logprob is not None:
+        meta_info["cumulative_logprob"] = piece.cumulative_logprob
+    return {"text": piece.text, "output_ids": list(piece.token_ids), "meta_info": meta_info}
+
+
+def _take_choices(answers: Iterator[dict[str, Any]], num_choices: int) -> Any:
+    """The next prompt's answers: one dict, or a list of several."""
+    choices = [next(answers) for _ in range(num_choices)]
+    return choices[0] if num_choices == 1 else choices

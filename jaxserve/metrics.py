@@ -6,23 +6,52 @@ histograms are fed by the HTTP side as tokens pass. Knows nothing of HTTP, of qu
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
-from jaxserve.types import EngineInfo, EngineStats
+from jaxserve.types import QUEUE_TIME_BUCKETS_S, EngineInfo, EngineStats
 
 # Seconds. A TPU's first token comes in milliseconds, a laptop's may take a minute.
 FIRST_TOKEN_BUCKETS_S = (
-    *(0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.4, 0.6, 0.8),
+    *(0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.2, 0.4, 0.6, 0.8),
     *(1, 2, 4, 6, 8, 10, 20, 40, 60, 80, 120, 300),
 )
 NEXT_TOKEN_BUCKETS_S = (
+    *(0.0001, 0.00025, 0.0005, 0.00075),
     *(0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.025, 0.03, 0.035, 0.04, 0.05, 0.06),
-    *(0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2, 5),
+    *(0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2, 5, 10),
 )
-REQUEST_BUCKETS_S = (0.05, 0.1, 0.2, 0.4, 0.8, 1, 2, 5, 10, 20, 40, 60, 100, 200, 400, 600, 1200, 1800)
+REQUEST_BUCKETS_S = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.2,
+    0.4,
+    0.8,
+    1,
+    2,
+    5,
+    10,
+    20,
+    40,
+    60,
+    100,
+    200,
+    400,
+    600,
+    1200,
+    1800,
+)
 TOKEN_COUNT_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
@@ -127,6 +156,7 @@ class _EngineCollector:
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
+        yield self._describe_queue_time(stats)
         heartbeat = (
             "jaxserve:engine_heartbeat_age_seconds",
             "Seconds since the engine last spoke.",
@@ -136,6 +166,17 @@ class _EngineCollector:
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)
             yield gauge
+
+    def _describe_queue_time(self, stats: EngineStats) -> Metric:
+        histogram = HistogramMetricFamily(
+            "sglang:queue_time_seconds", "Time from arrival to admission.", labels=["model_name"]
+        )
+        bounds = [*map(str, QUEUE_TIME_BUCKETS_S), "+Inf"]
+        counts = itertools.accumulate(stats.queue_time_counts or [0] * len(bounds))
+        histogram.add_metric(
+            [self._model_name], list(zip(bounds, counts, strict=True)), sum_value=stats.queue_time_s
+        )
+        return histogram
 
 
 def _count_series(stats: EngineStats) -> list[tuple[str, str, float]]:
@@ -158,12 +199,18 @@ def _gauge_series(stats: EngineStats, info: EngineInfo | None) -> list[tuple[str
     series: list[tuple[str, str, float]] = [
         ("sglang:num_running_reqs", "Sequences running.", stats.num_running),
         ("sglang:num_queue_reqs", "Sequences waiting.", stats.num_queued),
+        ("sglang:num_retracted_reqs", "Sequences waiting that have run before.", stats.num_retracted),
         ("sglang:gen_throughput", "Tokens a second, lately.", stats.gen_throughput),
         ("sglang:cache_hit_rate", "Share of prompt tokens found in the prefix cache.", hit_rate),
         ("jaxserve:num_free_pages", "Pages free or reclaimable.", stats.num_free_pages),
         ("jaxserve:num_cached_pages", "Pages held by the prefix cache alone.", stats.num_cached_pages),
         ("jaxserve:is_warm", "1 once every program is compiled.", stats.is_warm),
         ("jaxserve:is_ready", "1 once the engine has loaded the model.", info is not None),
+        ("jaxserve:is_paused", "1 while generation is paused.", stats.is_paused),
+        ("jaxserve:is_sleeping", "1 while device memory is given back.", bool(stats.released)),
+        ("jaxserve:kv_bytes", "Bytes of the KV pool now.", stats.kv_bytes),
+        ("jaxserve:param_bytes", "Bytes of the parameters on the device now.", stats.param_bytes),
+        ("jaxserve:host_param_bytes", "Bytes of parameters asleep on the host.", stats.host_param_bytes),
     ]
     if info is None:
         return series
@@ -179,6 +226,4 @@ def _gauge_series(stats: EngineStats, info: EngineInfo | None) -> list[tuple[str
         ),
         ("sglang:max_total_num_tokens", "Token slots in the pool.", info.max_total_tokens),
         ("sglang:startup_time_seconds", "Time from start to ready.", info.startup_s),
-        ("jaxserve:kv_bytes", "Bytes of the KV pool.", info.kv_bytes),
-        ("jaxserve:param_bytes", "Bytes of the parameters.", info.param_bytes),
     ]

@@ -46,6 +46,7 @@ from jaxserve.server.schemas import (
     REFUSED_BY_GENERATE,
 )
 from jaxserve.types import EngineInfo, EngineStats, SamplingParams
+from scripts.field_notes import FIELD_NOTES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BLOCK = re.compile(r"<!-- begin (?P<name>[\w-]+) -->.*?<!-- end (?P=name) -->", re.DOTALL)
@@ -54,52 +55,6 @@ REFUSALS = {
     "chat": REFUSED_BY_CHAT,
     "completions": REFUSED_BY_COMPLETIONS,
     "generate": REFUSED_BY_GENERATE,
-}
-
-# What each field of the generation routes means, in the order of the table in docs/api.md.
-FIELD_NOTES: dict[str, str] = {
-    "messages": "The conversation. Contents are strings or lists of text parts. Required.",
-    "prompt": "Text, token ids, or a list of either: a batch. Required.",
-    "text": "The prompt, or a list of prompts: a batch.",
-    "input_ids": "The prompt as token ids, or a list of such lists. Wins over `text`.",
-    "sampling_params": "The fields marked *sampling*; a list has one entry a prompt.",
-    "model": "Any name is taken, and sent back in the reply.",
-    "max_tokens": "Most tokens of the reply. Default: what the context holds; 16 in completions.",
-    "max_completion_tokens": "The same under its newer name, which wins.",
-    "max_new_tokens": "Most tokens of the reply; null: what the context holds; 0: compute the prompt only.",
-    "min_tokens": "Stop tokens and strings do not end a shorter reply.",
-    "min_new_tokens": "The same under SGLang's name.",
-    "temperature": "0 is greedy. Chat takes the model's recommendation first, as for the next four.",
-    "top_p": "Keep the likeliest tokens that make up this share.",
-    "top_k": "Keep this many tokens; -1 keeps all.",
-    "min_p": "Keep tokens at least this likely, relative to the likeliest.",
-    "repetition_penalty": "Divides the logits of tokens seen in prompt or reply.",
-    "frequency_penalty": "Subtracted once for each time that a token is in the reply.",
-    "presence_penalty": "Subtracted from every token that is in the reply.",
-    "logit_bias": "Token id to a number added to its logit.",
-    "seed": "Reproduces the reply, whatever else is in the batch.",
-    "sampling_seed": "SGLang's name for `seed`; wins over it.",
-    "stop": "A string or up to 32 that end the reply and are taken off it.",
-    "stop_token_ids": "Token ids that end the reply besides the model's own.",
-    "ignore_eos": "No token ends the reply.",
-    "no_stop_trim": "Keep the stop string or token in the text.",
-    "skip_special_tokens": "Leave special tokens out of the text.",
-    "spaces_between_special_tokens": "Taken for compatibility; the text is the same either way.",
-    "n": "Choices for each prompt.",
-    "best_of": "Accepted up to `n`.",
-    "stream": "Send server-sent events as tokens come.",
-    "stream_options": "`include_usage`: counts in a last chunk; `continuous_usage_stats`: in every chunk.",
-    "stream_interval": "Tokens between two events.",
-    "return_prompt_token_ids": "Add `prompt_token_ids` to the reply.",
-    "tools": "Shown to the model by its chat template; calls are not parsed out of the reply.",
-    "tool_choice": '`"auto"` or `"none"`.',
-    "continue_final_message": "Take the last assistant message as the beginning of the reply.",
-    "chat_template_kwargs": "Further variables for the chat template.",
-    "reasoning_effort": "Handed to the chat template.",
-    "rid": "An id of the client's choice, for `/abort_request`; must be unique among open requests.",
-    "priority": "Higher ones are admitted first.",
-    "cache_salt": "Requests with different salts never share cached pages.",
-    "extra_key": "Another name for `cache_salt`.",
 }
 
 
@@ -223,6 +178,13 @@ def render_fields() -> str:
     return render_table(("Field", "Type", *BODIES, "Default", "Meaning"), rows)
 
 
+def render_sample_fields() -> str:
+    """The body of /v1/sample: each field says in its schema what it means."""
+    fields = describe_api()["components"]["schemas"]["SampleBody"]["properties"]
+    rows = [(code(name), describe_type(entry), entry["description"]) for name, entry in fields.items()]
+    return render_table(("Field", "Type", "Meaning"), rows)
+
+
 def _field_places() -> dict[str, dict[str, str]]:
     """By field: its type, and for each route that takes it a mark saying where it stands."""
     schemas = describe_api()["components"]["schemas"]
@@ -239,9 +201,13 @@ def _field_places() -> dict[str, dict[str, str]]:
 def _add_place(
     places: dict[str, dict[str, str]], name: str, entry: Mapping[str, Any], route: str, mark: str
 ) -> None:
-    """Where routes differ in a type, the widest one is shown."""
-    place = places.setdefault(name, {"type": ""})
-    place["type"] = max(place["type"], describe_type(entry), key=len)
+    """Where routes differ in a type, the wider one is shown, or both."""
+    kind = describe_type(entry)
+    place = places.setdefault(name, {"type": kind})
+    if place["type"] in kind:
+        place["type"] = kind
+    elif kind not in place["type"]:
+        place["type"] = f"{place['type']} or {kind}"
     place[route] = mark
 
 
@@ -369,6 +335,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "routes": render_routes,
     "open-paths": lambda: f"No key is asked for on paths that begin with {code_list(OPEN_PATHS)}.",
     "fields": render_fields,
+    "sample-fields": render_sample_fields,
     "refused-fields": render_refusals,
     "ignored-fields": lambda: code_list(sorted(IGNORED_FIELDS)) + ".",
     "chat-reply": lambda: render_json(_make_chat_reply()),

@@ -1,4 +1,4 @@
-"""What every test gets: eight fake CPU devices, a bounded hypothesis profile, a free port.
+"""What every test gets: eight fake CPU devices, a bounded hypothesis profile, a free port, a server.
 
 The environment is set before anything imports jax, and nothing here imports it: tests of the scheduler,
 of text and of the command line start at once.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.e2e.served import SHARED_FLAGS, Served, serve
 
 NUM_FAKE_DEVICES = 8
 
@@ -39,3 +42,10 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_server() -> Iterator[Served]:
+    """One server, as `jaxserve launch` makes it, for the tests that leave nothing behind."""
+    with serve(*SHARED_FLAGS) as served:
+        yield served

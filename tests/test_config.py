@@ -12,6 +12,8 @@ from jaxserve.config import FIELDS, ServerConfig, flag_of
 from jaxserve.cuda_flags import IGNORED_FLAGS
 from jaxserve.errors import ConfigError
 from jaxserve.flags import build_parser, load_config, read_config_file, shipped_configs
+from jaxserve.launch import make_settings, read_preferred_sampling
+from jaxserve.weights.resolve import ModelFiles
 
 ISSUE_FLAGS = """
     model-path served-model-name tokenizer-path host port dtype quantization kv-cache-dtype load-format
@@ -148,6 +150,7 @@ def test_the_tiny_config_points_at_a_model_description_that_ships_beside_it():
         ),
         (["--chunked-prefill-size", "0"], "at least 1, such as 8192 or 8k, or -1, got 0."),
         (["--disable-radix-cache", "maybe"], 'disable_radix_cache must be true or false, got "maybe".'),
+        (["--preferred-sampling-params", "top_p=1"], 'must be an object such as {"temperature": 0.7}, got'),
         (["--served-model-name", ""], 'served_model_name must be text, not empty, got "".'),
         (["--port"], "--port: expected one argument."),
         (["--prot", "1"], "Unknown flag --prot. Did you mean --port?"),
@@ -198,6 +201,36 @@ def test_no_model_is_an_error_that_names_the_ways_out():
 def test_the_library_is_held_to_the_same_ranges():
     with pytest.raises(ConfigError, match="port must be a whole number from 1 to 65535, got 0"):
         ServerConfig(model_path="m", port=0)
+
+
+def test_preferred_sampling_params_are_json_on_the_command_line_and_a_mapping_in_a_file(tmp_path: Path):
+    path = write(tmp_path, "model-path: m\npreferred-sampling-params:\n  top_p: 0.5\n  logit_bias: {5: 1}\n")
+    config = load_config(["--config", str(path)]).config
+    assert config.preferred_sampling_params == {"top_p": 0.5, "logit_bias": {"5": 1}}
+    files = ModelFiles(
+        kind="dummy", model_id="m", local_dir=tmp_path, files=(), hf_config={}, generation_config={}
+    )
+    assert make_settings(config, files, []).preferred_sampling_params == config.preferred_sampling_params
+    argv = ["--config", str(path), "--preferred-sampling-params", '{"top_k": 7}']
+    assert load_config(argv).config.preferred_sampling_params == {"top_k": 7}
+
+
+@pytest.mark.parametrize(
+    ("preferred", "sentence"),
+    [
+        ({"top_q": 1}, "top_q is not a known field. Did you mean top_p?"),
+        ({"max_tokens": 5}, "Did you mean max_new_tokens?"),
+        ({"temperature": "hot"}, "temperature must be a number or null, got a string."),
+        ({"top_p": 2}, "top_p must be in (0, 1], got 2"),
+        ({"stop_regex": "a*"}, "matches the empty text"),
+        ({"regex": "a"}, "regex is not supported"),
+    ],
+)
+def test_preferred_sampling_params_are_checked_at_launch_as_a_requests_are(preferred: dict, sentence: str):
+    with pytest.raises(ConfigError) as caught:
+        read_preferred_sampling(preferred)
+    assert caught.value.message.startswith("preferred_sampling_params: ")
+    assert sentence in caught.value.message
 
 
 # -- flags of other engines

@@ -1,7 +1,8 @@
 """Routes for operators: health, readiness, metrics, aborting requests, emptying the prefix cache.
 
 Health is what the engine's status and heartbeat say: it answers in milliseconds and never queues
-anything; only /health_generate runs a real token. Knows nothing of reply formats.
+anything; only /health_generate runs a real token. An engine that sleeps or is paused is healthy, and not
+ready. Knows nothing of reply formats.
 """
 
 from __future__ import annotations
@@ -27,25 +28,45 @@ _MAX_FLUSH_WAIT_S = 600.0
 
 def make_blueprint() -> Blueprint:
     blueprint = Blueprint("admin")
-    for path in ("/health", "/ready", "/ping"):
+    for path in ("/health", "/ping"):
         blueprint.add_route(check_health, path, methods=["GET", "HEAD"], name=path[1:])
+    blueprint.add_route(check_readiness, "/ready", methods=["GET", "HEAD"])
     blueprint.add_route(check_health_by_generating, "/health_generate", methods=["GET"])
     blueprint.add_route(show_metrics, "/metrics", methods=["GET"])
-    blueprint.add_route(flush_cache, "/flush_cache", methods=["GET", "POST"])
-    blueprint.add_route(abort_request, "/abort_request", methods=["POST"])
+    blueprint.add_route(flush_cache, "/flush_cache", methods=["GET", "POST"], ctx_is_for_operators=True)
+    blueprint.add_route(abort_request, "/abort_request", methods=["POST"], ctx_is_for_operators=True)
     return blueprint
 
 
 async def check_health(request: Request) -> HTTPResponse:
-    """200 while the engine is ready and has spoken lately; 503 with the reason otherwise."""
+    """200 while the engine is there, awake or asleep, and has spoken lately; else 503 with the reason."""
     state = state_of(request)
     _require_health(state)
+    return _describe_health(state)
+
+
+async def check_readiness(request: Request) -> HTTPResponse:
+    """200 while a request would be served at once; 503 with the reason otherwise."""
+    state = state_of(request)
+    _require_health(state)
+    _require_readiness(state)
+    return _describe_health(state)
+
+
+def _describe_health(state: AppState) -> HTTPResponse:
     age_s = round(state.engine.heartbeat_age_s, 3)
     return json_response(HealthReply(engine=state.engine.status, heartbeat_age_s=age_s))
 
 
-def _require_health(state: AppState) -> None:
+def _require_readiness(state: AppState) -> None:
     state.generator.require_ready()
+    if state.engine.stats.is_paused:
+        raise UnavailableError("Generation is paused; requests wait until it goes on.")
+
+
+def _require_health(state: AppState) -> None:
+    if state.engine.status != "asleep":
+        state.generator.require_ready()
     age_s, limit_s = state.engine.heartbeat_age_s, state.settings.heartbeat_limit_s
     if age_s > limit_s:
         raise UnavailableError(f"The engine has been silent for {age_s:.1f} s; the limit is {limit_s:g} s.")
@@ -55,15 +76,14 @@ async def check_health_by_generating(request: Request) -> HTTPResponse:
     """200 once the engine has made one token, within the time limit."""
     state = state_of(request)
     _require_health(state)
+    _require_readiness(state)
     limit_s = state.settings.health_generate_timeout_s
     try:
         async with asyncio.timeout(limit_s):
             await _generate_one_token(state)
     except TimeoutError:
         raise UnavailableError(f"The engine made no token within {limit_s:g} s.") from None
-    return json_response(
-        HealthReply(engine=state.engine.status, heartbeat_age_s=round(state.engine.heartbeat_age_s, 3))
-    )
+    return _describe_health(state)
 
 
 async def _generate_one_token(state: AppState) -> None:
@@ -94,9 +114,9 @@ async def flush_cache(request: Request) -> HTTPResponse:
 
 
 def _read_timeout_s(request: Request) -> float:
-    given = request.args.get("timeout") or "0"
+    given = request.get_args(keep_blank_values=True).get("timeout")
     try:
-        timeout_s = float(given)
+        timeout_s = 0.0 if given is None else float(given)
     except ValueError:
         timeout_s = -1.0
     if not 0 <= timeout_s <= _MAX_FLUSH_WAIT_S:
@@ -114,4 +134,4 @@ async def abort_request(request: Request) -> HTTPResponse:
     for rid in list(engine.live_rids()):
         if body.abort_all or (body.rid and rid.startswith(body.rid)):
             engine.abort(rid)
-    return HTTPResponse(status=200)
+    return HTTPResponse(status=200, content_type="text/plain; charset=utf-8")

@@ -8,17 +8,30 @@ from __future__ import annotations
 
 import secrets
 import time
+from typing import cast
 
 from sanic import Sanic
 from sanic.config import Config
+from sanic.request import Request
 
 from jaxserve.metrics import ServerMetrics
-from jaxserve.server import admin, info, native, openai_chat, openai_completions, openapi
+from jaxserve.server import (
+    admin,
+    info,
+    loads,
+    native,
+    openai_chat,
+    openai_completions,
+    openapi,
+    operations,
+    sample,
+    tokens,
+)
 from jaxserve.server.engine_port import EnginePort
 from jaxserve.server.generation import Generator
-from jaxserve.server.middleware import add_middleware
+from jaxserve.server.middleware import add_middleware, read_request
 from jaxserve.server.settings import ServerSettings, TextTools
-from jaxserve.server.state import AppState
+from jaxserve.server.state import AppState, ServedWeights
 
 # Sanic would answer 503 after this long without a byte either way; a completion may take any time.
 _RESPONSE_TIMEOUT_S = 7 * 24 * 3600
@@ -32,7 +45,10 @@ def create_app(
 ) -> Sanic:
     """A Sanic app that serves `engine`. `name` must be unique in the process; None makes one up."""
     app = Sanic(
-        name or f"jaxserve_{secrets.token_hex(4)}", config=_make_config(settings), configure_logging=False
+        name or f"jaxserve_{secrets.token_hex(4)}",
+        config=_make_config(settings),
+        configure_logging=False,
+        request_class=cast(type[Request], read_request),
     )
     metrics = ServerMetrics(
         settings.served_model_name,
@@ -46,9 +62,11 @@ def create_app(
         settings=settings,
         generator=Generator(engine, text, settings, metrics),
         metrics=metrics,
+        weights=ServedWeights(settings.weight_version, settings.model_path),
         started_at_s=time.time(),
     )
-    for room in (admin, info, native, openai_chat, openai_completions, openapi):
+    openai_rooms = (openai_chat, openai_completions)
+    for room in (admin, info, loads, native, *openai_rooms, openapi, operations, sample, tokens):
         app.blueprint(room.make_blueprint())
     add_middleware(app)
     return app

@@ -42,10 +42,14 @@ _UNASKED = (None, False, 0, "", [], {})
 def decode_body(raw: bytes, body_type: type[T]) -> T:
     """Decode a JSON object; InvalidRequestError when it is malformed or a field has the wrong type."""
     try:
-        return msgspec.json.decode(raw, type=body_type)
+        raw.decode()  # msgspec does not look into keys and values that it skips
+        try:
+            return msgspec.json.decode(raw, type=body_type)
+        except msgspec.ValidationError as error:
+            if "`int" in str(error) and "got `float`" in str(error):
+                return _decode_with_whole_floats(raw, body_type)
+            raise
     except msgspec.ValidationError as error:
-        if "`int" in str(error) and "got `float`" in str(error):
-            return _decode_with_whole_floats(raw, body_type)
         raise _explain(error, body_type) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequestError(f"The request body is not valid JSON: {error}.") from None
@@ -62,12 +66,7 @@ def decode_request(raw: bytes, body_type: type[T], refusals: Mapping[str, str]) 
 
 def _decode_with_whole_floats(raw: bytes, body_type: type[T]) -> T:
     """The slow path for clients (JavaScript, jq) that write an integer as 1.0."""
-    try:
-        return msgspec.convert(_whole_floats_to_ints(msgspec.json.decode(raw)), body_type, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise _explain(error, body_type) from None
-    except RecursionError:
-        raise InvalidRequestError("The request body is nested too deeply.") from None
+    return msgspec.convert(_whole_floats_to_ints(msgspec.json.decode(raw)), body_type, str_keys=True)
 
 
 def _whole_floats_to_ints(value: Any) -> Any:
@@ -86,9 +85,9 @@ def refuse_unsupported(raw: bytes, refusals: Mapping[str, str]) -> None:
     `refusals` maps a field to the end of the sentence "FIELD is not supported ...". Null, false, 0
     and empty values pass, and so do those in HARMLESS_VALUES. `raw` must already have been decoded.
     """
-    fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    fields = decode_body(raw, dict[str, msgspec.Raw])
     for name in fields.keys() & refusals.keys():
-        refuse_value(name, msgspec.json.decode(fields[name]), refusals[name])
+        refuse_value(name, decode_body(bytes(fields[name]), object), refusals[name])
 
 
 def refuse_value(name: str, value: Any, remedy: str) -> None:

@@ -6,7 +6,7 @@ methods are called from one event loop.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
 from typing import Protocol
 
 from jaxserve.types import EngineInfo, EngineStats, TokenDelta, TokenParams
@@ -35,7 +35,7 @@ class EnginePort(Protocol):
 
     @property
     def status(self) -> str:
-        """One of "starting", "ready", "draining", "dead"."""
+        """One of "starting", "ready", "asleep" (or on the way there or back), "draining", "dead"."""
         ...
 
     @property
@@ -66,4 +66,37 @@ class EnginePort(Protocol):
 
     async def flush_cache(self, timeout_s: float) -> bool:
         """Empty the prefix cache once nothing runs; False when something still runs after timeout_s."""
+        ...
+
+    async def pause(self, mode: str) -> int:
+        """Let generation stand still: what runs is ended ("abort"), put back in the queue ("retract"), left
+        where it is ("in_place") or let come to its end first ("wait"). Requests are taken, and wait.
+
+        Returns how many requests it found. Like all that follow it raises UnavailableError with the
+        reason when the engine cannot do it.
+        """
+        ...
+
+    async def resume(self) -> None:
+        """Let generation go on."""
+        ...
+
+    async def release_memory(
+        self, tags: Collection[str], *, keeps_weights: bool, mode: str, timeout_s: float
+    ) -> None:
+        """Put the model to sleep: give back the device memory of "weights" and "kv_cache" (`tags`).
+
+        With `keeps_weights` they stay in host memory. New requests are refused from now on; those open may
+        end first, within timeout_s (`mode` "wait"), are a reason to refuse ("refuse"), or are ended with
+        a 503 ("abort"). A caller that is cancelled does not stop it.
+        """
+        ...
+
+    async def resume_memory(self, tags: Collection[str]) -> None:
+        """Wake the model up: take the memory again, and load what it held."""
+        ...
+
+    async def update_weights(self, model_path: str, load_format: str, *, flushes_cache: bool) -> int:
+        """Serve another checkpoint of the same architecture, once it is whole in memory and what runs has
+        ended; returns how many requests were paused. If it fails the present one is served on."""
         ...

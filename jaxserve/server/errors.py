@@ -8,7 +8,8 @@ Knows nothing of routes.
 from __future__ import annotations
 
 import msgspec
-from sanic.exceptions import MethodNotAllowed, NotFound, PayloadTooLarge, SanicException
+from sanic.exceptions import MethodNotAllowed, NotFound, PayloadTooLarge, RequestTimeout, SanicException
+from sanic.http import Http
 from sanic.request import Request
 from sanic.response import HTTPResponse
 
@@ -25,7 +26,9 @@ from jaxserve.errors import (
 )
 from jaxserve.server.replies import ErrorBody, ErrorDetail
 
+_MAX_MESSAGE_CHARS = 800
 METHOD_NOT_ALLOWED = ErrorKind(405, "MethodNotAllowedError", "INVALID_ARGUMENT")
+REQUEST_TIMEOUT = ErrorKind(408, "RequestTimeoutError", "DEADLINE_EXCEEDED")
 
 
 def kind_of(error: JaxserveError) -> ErrorKind:
@@ -37,15 +40,25 @@ def error_body(error: JaxserveError, kind: ErrorKind | None = None) -> ErrorBody
     kind = kind or kind_of(error)
     is_model = isinstance(error, ModelNotFoundError) and error.param == "model"
     code = "model_not_found" if is_model else kind.http_status
-    detail = ErrorDetail(message=error.message, type=kind.openai_type, param=error.param, code=code)
+    message = _make_readable(error.message)
+    param = error.param and _make_readable(error.param)
+    detail = ErrorDetail(message=message, type=kind.openai_type, param=param, code=code)
     return ErrorBody(
-        message=error.message,
+        message=message,
         type=kind.openai_type,
-        param=error.param,
+        param=param,
         code=kind.http_status,
         status=kind.status_name,
         error=detail,
     )
+
+
+def _make_readable(text: str) -> str:
+    """One printable line of bounded length: sentences quote keys and values that clients sent."""
+    if len(text) > _MAX_MESSAGE_CHARS:
+        half = _MAX_MESSAGE_CHARS // 2
+        text = f"{text[:half]} ... {text[-half:]}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def error_response(error: JaxserveError, kind: ErrorKind | None = None) -> HTTPResponse:
@@ -72,11 +85,16 @@ def render_sanic_exception(request: Request, exception: SanicException) -> HTTPR
         response.headers["allow"] = allowed
         return response
     if isinstance(exception, PayloadTooLarge):
-        limit = request.app.config.REQUEST_MAX_SIZE
-        return error_response(RequestTooLargeError(f"The request is larger than the limit of {limit} bytes."))
+        is_head = "header" in str(exception)  # Sanic's words are the only sign
+        limit = Http.HEADER_MAX_SIZE if is_head else request.app.config.REQUEST_MAX_SIZE
+        what = "request's head" if is_head else "request"
+        return error_response(RequestTooLargeError(f"The {what} is larger than the limit of {limit} bytes."))
+    if isinstance(exception, RequestTimeout):
+        return error_response(InvalidRequestError(str(exception)), REQUEST_TIMEOUT)
     if exception.status_code == 503:
         return error_response(UnavailableError(str(exception)))
     if exception.status_code >= 500:
         return error_response(InternalError(str(exception)))
     kind = ErrorKind(exception.status_code, "BadRequestError", "INVALID_ARGUMENT")
-    return error_response(InvalidRequestError(f"The HTTP request is malformed: {exception}."), kind)
+    reason = str(exception).rstrip(".")
+    return error_response(InvalidRequestError(f"The HTTP request is malformed: {reason}."), kind)

@@ -13,17 +13,18 @@ import asyncio
 import random
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from jaxserve.errors import InvalidRequestError, OverloadedError, UnavailableError
 from jaxserve.metrics import ServerMetrics
 from jaxserve.server.engine_port import EnginePort
 from jaxserve.server.pieces import Piece, Sequence, join_pieces, merge_streams, read_sequence
-from jaxserve.server.sampling import for_choice, to_token_params
+from jaxserve.server.sampling import count_choices, for_choice, to_token_params
 from jaxserve.server.settings import ServerSettings, TextTools
-from jaxserve.types import EngineInfo, SamplingParams
+from jaxserve.text.stop_regex import check_stop_regex
+from jaxserve.types import EngineInfo, SamplingParams, ScoreParams
 
 _INLINE_CHARS = 4096  # texts up to this are tokenised on the event loop: a millisecond or less
 _MAX_RID_CHARS = 256
@@ -32,10 +33,11 @@ _MAX_PRIORITY = 2**31 - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One prompt, to be continued `sampling.n` times.
+    """One prompt, to be continued `sampling.n` times, or by a search that ends with `sampling.beam_width`.
 
     `prompt` is text or token ids. `length_field` names the field with which the client asked for a
     length; None when the length is a default, which is then cut to what the context allows.
+    `field_names` says what the client calls fields of SamplingParams, where that differs.
     """
 
     rid: str
@@ -43,10 +45,12 @@ class Job:
     prompt_field: str
     sampling: SamplingParams
     length_field: str | None = None
+    field_names: Mapping[str, str] = field(default_factory=dict)
     has_special_tokens: bool = False  # a rendered chat template brings its own
     priority: int = 0
     cache_salt: str = ""
     stream_interval: int | None = None
+    scores: ScoreParams | None = None  # of prompt positions, where a route asks for more than `sampling` can
 
 
 def new_rid() -> str:
@@ -65,14 +69,16 @@ def read_rid(rid: str | None) -> str:
 class Run:
     """The open requests of one HTTP call: `async for pieces in run`, or `collect`.
 
-    `sequences` are prompt-major: p0s0, p0s1, p1s0, ... Each step of the iteration gives a list of
-    pieces, at most one a sequence, of whichever sequences have something new.
+    `sequences` are prompt-major: p0s0, p0s1, p1s0, ... `choices` has the sequence behind each place in
+    the reply; the beams of one search share one. Each step of the iteration gives a list of pieces, at
+    most one a choice, of whichever choices have something new.
     """
 
     def __init__(
         self, sequences: list[Sequence], pieces: AsyncGenerator[list[Piece], None], started_s: float
     ):
         self.sequences = sequences
+        self.choices = [sequence for sequence in sequences for _ in range(sequence.num_choices)]
         self.num_output_tokens = 0  # of all sequences, so far
         self._pieces = pieces
         self._started_s = started_s
@@ -95,12 +101,13 @@ class Run:
         return pieces
 
     async def collect(self) -> list[Piece]:
-        """One piece a sequence, in order, each with the whole text."""
-        parts: list[list[Piece]] = [[] for _ in self.sequences]
+        """One piece a choice, in order, each with the whole text."""
+        parts: list[list[Piece]] = [[] for _ in self.choices]
         async for pieces in self:
             for piece in pieces:
                 parts[piece.index].append(piece)
-        return [join_pieces(part) for part in parts]
+        # A search that the user aborted has no beams to show but the first place, which says so.
+        return [join_pieces(part) for part in parts if part]
 
 
 class Generator:
@@ -116,12 +123,18 @@ class Generator:
         self._num_open = 0
         self._open_rids: set[str] = set()
 
+    @property
+    def num_open(self) -> int:
+        """Calls that are being served."""
+        return self._num_open
+
     def require_ready(self) -> EngineInfo:
-        """The engine's facts; UnavailableError while it starts, drains or is dead."""
+        """The engine's facts; UnavailableError while it starts, sleeps, drains or is dead."""
         info, status = self._engine.info, self._engine.status
         if status != "ready" or info is None:
             message = self._engine.status_message or "It takes no requests now."
-            raise UnavailableError(message if status in message else f"The engine is {status}. {message}")
+            is_said = status in message or status == "asleep"  # clients know that message by its words
+            raise UnavailableError(message if is_said else f"The engine is {status}. {message}")
         return info
 
     @asynccontextmanager
@@ -133,7 +146,7 @@ class Generator:
         """
         started_s = time.perf_counter()
         info = self.require_ready()
-        _check_jobs(jobs, info, self._settings.max_sequences)
+        _check_jobs(jobs, info, self._settings)
         rids = [rid for job in jobs for rid in _name_choices(job)]
         with self._admit(rids):
             prompts = await self._tokenise(jobs)
@@ -186,8 +199,10 @@ class Generator:
     def _plan(self, jobs: list[Job], prompts: list[list[int]], info: EngineInfo) -> list[Sequence]:
         eos_ids = tuple(self._tokenizer.eos_ids)
         sequences: list[Sequence] = []
+        num_choices = 0
         for job, prompt_ids in zip(jobs, prompts, strict=True):
-            max_new_tokens = _fit_length(job, prompt_ids, info)
+            max_new_tokens = _fit_length(job, prompt_ids, info, self._settings.max_prompt_tokens)
+            _check_logprob_start(job, len(prompt_ids))
             for choice, rid in enumerate(_name_choices(job)):
                 sampling = for_choice(job.sampling, choice)
                 params = to_token_params(
@@ -196,10 +211,14 @@ class Generator:
                     eos_ids=eos_ids,
                     vocab_size=info.vocab_size,
                     draw=self._random,
+                    num_prompt_tokens=len(prompt_ids),
                 )
+                if job.scores is not None:
+                    params = replace(params, scores=job.scores)
                 sequences.append(
                     Sequence(
-                        index=len(sequences),
+                        index=num_choices,
+                        num_choices=max(sampling.beam_width, 1),
                         rid=rid,
                         prompt_ids=prompt_ids,
                         params=params,
@@ -209,6 +228,7 @@ class Generator:
                         stream_interval=job.stream_interval or self._settings.stream_interval,
                     )
                 )
+                num_choices += sequences[-1].num_choices
         return sequences
 
 
@@ -216,12 +236,16 @@ def _name_choices(job: Job) -> list[str]:
     return [job.rid] if job.sampling.n == 1 else [f"{job.rid}_{choice}" for choice in range(job.sampling.n)]
 
 
-def _check_jobs(jobs: list[Job], info: EngineInfo, max_sequences: int) -> None:
+def _check_jobs(jobs: list[Job], info: EngineInfo, settings: ServerSettings) -> None:
     """What can be checked before tokenising."""
     checked: SamplingParams | None = None
     for job in jobs:
         if job.sampling is not checked:
-            job.sampling.validate(info.vocab_size)
+            _check_sampling(job, info)
+            if settings.max_n is not None and job.sampling.n > settings.max_n:
+                raise InvalidRequestError(
+                    f"n must be at most {settings.max_n} on this server, got {job.sampling.n}.", param="n"
+                )
             checked = job.sampling
         if abs(job.priority) > _MAX_PRIORITY:
             raise InvalidRequestError(
@@ -232,15 +256,37 @@ def _check_jobs(jobs: list[Job], info: EngineInfo, max_sequences: int) -> None:
             raise InvalidRequestError(
                 f"stream_interval must be at least 1, got {job.stream_interval}.", param="stream_interval"
             )
-    num_sequences = sum(job.sampling.n for job in jobs)
-    if num_sequences > max_sequences:
+    num_sequences = sum(count_choices(job.sampling) for job in jobs)
+    if num_sequences > settings.max_sequences:
         raise InvalidRequestError(
-            f"One request may ask for at most {max_sequences} sequences (prompts x n), got {num_sequences}.",
+            f"One request may ask for at most {settings.max_sequences} sequences (prompts x n), "
+            f"got {num_sequences}.",
             param="n",
         )
 
 
-def _fit_length(job: Job, prompt_ids: list[int], info: EngineInfo) -> int:
+def _check_sampling(job: Job, info: EngineInfo) -> None:
+    job.sampling.validate(info.vocab_size, job.field_names)
+    check_stop_regex(job.sampling.stop_regex)
+    if job.sampling.beam_width > max(info.max_running_requests, 1):
+        raise InvalidRequestError(
+            f"beam_width must be at most {info.max_running_requests}, the sequences that this server runs "
+            f"at once, got {job.sampling.beam_width}.",
+            param="beam_width",
+        )
+
+
+def _check_logprob_start(job: Job, num_prompt_tokens: int) -> None:
+    start = job.sampling.logprob_start
+    if start is not None and start > num_prompt_tokens:
+        name = job.field_names.get("logprob_start", "logprob_start")
+        raise InvalidRequestError(
+            f"{name} must be at most the number of prompt tokens ({num_prompt_tokens}), got {start}.",
+            param=name,
+        )
+
+
+def _fit_length(job: Job, prompt_ids: list[int], info: EngineInfo, max_prompt: int | None) -> int:
     """max_new_tokens as the context allows it; InvalidRequestError if the prompt or the wish is too long."""
     num_prompt, context = len(prompt_ids), info.context_length
     if num_prompt == 0:
@@ -248,6 +294,11 @@ def _fit_length(job: Job, prompt_ids: list[int], info: EngineInfo) -> int:
     if num_prompt >= context:
         raise InvalidRequestError(
             f"The input ({num_prompt} tokens) is longer than the model's context length ({context} tokens).",
+            param=job.prompt_field,
+        )
+    if max_prompt is not None and num_prompt > max_prompt:
+        raise InvalidRequestError(
+            f"{job.prompt_field} must have at most {max_prompt} tokens on this server, got {num_prompt}.",
             param=job.prompt_field,
         )
     if not isinstance(job.prompt, str) and not 0 <= min(prompt_ids) <= max(prompt_ids) < info.vocab_size:

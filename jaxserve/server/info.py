@@ -57,10 +57,11 @@ async def show_model_info(request: Request) -> HTTPResponse:
     state = state_of(request)
     info, settings = _require_info(state), state.settings
     body = ModelInfo(
-        model_path=settings.model_path,
+        model_path=state.weights.model_path,
         served_model_name=settings.served_model_name,
         tokenizer_path=settings.tokenizer_path or settings.model_path,
-        weight_version=settings.weight_version,
+        preferred_sampling_params=dict(settings.preferred_sampling_params) or None,
+        weight_version=state.weights.version,
         load_format=settings.load_format,
         model_type=info.model_type,
         architectures=[info.architecture],
@@ -74,7 +75,7 @@ async def show_server_info(request: Request) -> HTTPResponse:
     info, settings = _require_info(state), state.settings
     flags = {name: value for name, value in settings.server_args.items() if name not in _SECRET_ARGS}
     facts: dict[str, Any] = {
-        "model_path": settings.model_path,
+        "model_path": state.weights.model_path,
         "served_model_name": settings.served_model_name,
         "tokenizer_path": settings.tokenizer_path or settings.model_path,
         "launch_command": settings.launch_command,
@@ -94,10 +95,35 @@ async def show_server_info(request: Request) -> HTTPResponse:
         "max_running_requests": info.max_running_requests,
         "max_total_num_tokens": info.max_total_tokens,
         "max_req_input_len": info.context_length - 1,
-        "weight_version": settings.weight_version,
+        "weight_version": state.weights.version,
+        **_count_load(state.engine.stats),
+        **_describe_memory(state.engine.stats),
         "internal_states": [_describe_engine(info, state.engine.stats)],
     }
     return json_response({**flags, **facts})
+
+
+def _count_load(stats: EngineStats) -> dict[str, Any]:
+    """The live counts: here and in `internal_states`, for whoever looks in either place."""
+    return {
+        "num_running_reqs": stats.num_running,
+        "num_queue_reqs": stats.num_queued,
+        "num_free_pages": stats.num_free_pages,
+        "num_cached_pages": stats.num_cached_pages,
+        "is_paused": stats.is_paused,
+        "is_sleeping": bool(stats.released),
+    }
+
+
+def _describe_memory(stats: EngineStats) -> dict[str, Any]:
+    """Bytes held now: by kind on the device, all that the device's allocator counts, and on the host."""
+    return {
+        "param_bytes": stats.param_bytes,
+        "kv_bytes": stats.kv_bytes,
+        "slot_bytes": stats.slot_bytes,
+        "device_bytes": stats.device_bytes or stats.param_bytes + stats.kv_bytes + stats.slot_bytes,
+        "host_param_bytes": stats.host_param_bytes,
+    }
 
 
 def _describe_engine(info: EngineInfo, stats: EngineStats) -> dict[str, Any]:
@@ -107,14 +133,11 @@ def _describe_engine(info: EngineInfo, stats: EngineStats) -> dict[str, Any]:
         "effective_max_running_requests_per_dp": info.max_running_requests,
         "dp_size": 1,
         "memory_usage": {
-            "weight": round(info.param_bytes / 2**30, 3),  # GiB
-            "kvcache": round(info.kv_bytes / 2**30, 3),
+            "weight": round(stats.param_bytes / 2**30, 3),  # GiB
+            "kvcache": round(stats.kv_bytes / 2**30, 3),
             "token_capacity": info.max_total_tokens,
         },
-        "num_running_reqs": stats.num_running,
-        "num_queue_reqs": stats.num_queued,
-        "num_free_pages": stats.num_free_pages,
-        "num_cached_pages": stats.num_cached_pages,
+        **_count_load(stats),
         "num_steps": stats.num_steps,
         "num_retractions": stats.num_retractions,
         "num_compiles": stats.num_compiles,

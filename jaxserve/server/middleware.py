@@ -1,6 +1,7 @@
-"""What happens around every request: API key, CORS, the request id, the log line, one error handler.
+"""What happens around every request: keys, its body in time, CORS, the request id, the log line, errors.
 
-Attached by app.py. Knows nothing of particular routes beyond which of them need no key.
+Attached by app.py. Knows nothing of particular routes beyond which of them need no key and which are for
+operators (`is_for_operators` in a route's ctx).
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+from typing import Any
 
 from sanic import Sanic
-from sanic.exceptions import PayloadTooLarge, RequestCancelled, SanicException
+from sanic.exceptions import BadURL, RequestCancelled, RequestTimeout, SanicException
 from sanic.http import Http
 from sanic.request import Request
 from sanic.response import BaseHTTPResponse, HTTPResponse
@@ -23,18 +25,79 @@ logger = logging.getLogger(__name__)
 
 # Probes and scrapes carry no key.
 OPEN_PATHS = ("/health", "/ready", "/metrics")
-_MAX_DRAIN_FACTOR = 4  # how much of a too large body is read, in limits, so that the client sees the answer
+_MAX_DRAIN_FACTOR = 4  # how much of a body that nobody wants is read, in limits
 _MAX_DRAIN_S = 10.0
 
 
 def add_middleware(app: Sanic) -> None:
+    app.signal("http.routing.before")(check_url)
+    app.signal("http.routing.after")(receive_body)
     app.register_middleware(begin_request, "request")
     app.register_middleware(end_request, "response")
     app.exception(JaxserveError)(render_our_error)
-    app.exception(PayloadTooLarge)(render_too_large)
     app.error_handler.add(RequestCancelled, render_cancelled)  # no Exception, which app.exception wants
     app.exception(SanicException)(render_http_error)
     app.exception(Exception)(render_bug)
+
+
+def read_request(url_bytes: bytes, **head: Any) -> Request:
+    """In place of Sanic's Request class, which fails on a URL that is none, and then answers nothing."""
+    try:
+        return Request(url_bytes, **head)
+    except BadURL:
+        request = Request(b"*", **head)
+        request.ctx.is_url_bad = True
+        return request
+
+
+read_request._current = Request._current  # type: ignore[attr-defined]  # Sanic tells it what it works on
+
+
+async def check_url(request: Request) -> None:
+    if getattr(request.ctx, "is_url_bad", False):
+        raise BadURL("its URL cannot be read")
+
+
+async def receive_body(request: Request, **_facts: object) -> None:
+    """Check the key, then read the body within the time limit: one that trickles in holds its connection."""
+    _check_key(request)
+    limit_s = state_of(request).settings.upload_timeout_s
+    stream = request.stream
+    if not isinstance(stream, Http) or not stream.request_body:
+        return
+    try:
+        async with asyncio.timeout(limit_s):
+            await request.receive_body()
+    except TimeoutError:
+        _give_up_body(stream)
+        raise RequestTimeout(f"The request's body did not arrive within {limit_s:g} s.") from None
+
+
+async def _discard_body(request: Request) -> None:
+    """Before an answer to a request whose body was not read, read on for a while: a client that is still
+    sending would miss the answer. Then close the connection if there is more."""
+    stream = request.stream
+    if not isinstance(stream, Http) or not stream.request_body:
+        return
+    stream.request_max_size = _MAX_DRAIN_FACTOR * request.app.config.REQUEST_MAX_SIZE
+    try:
+        async with asyncio.timeout(_MAX_DRAIN_S):
+            while stream.request_body and not (stream.expecting_continue or _is_lost(request)):
+                await stream.read()
+    except (SanicException, TimeoutError):
+        logger.info("request %s: its body was not read to the end", note_of(request).request_id)
+    if stream.request_body:
+        _give_up_body(stream)
+
+
+def _is_lost(request: Request) -> bool:
+    return request.conn_info is None or request.conn_info.lost
+
+
+def _give_up_body(stream: Http) -> None:
+    """Let the connection be closed after the answer; Sanic would read the rest of the body first."""
+    stream.keep_alive = False
+    stream.request_body = None
 
 
 async def begin_request(request: Request) -> HTTPResponse | None:
@@ -49,17 +112,38 @@ async def begin_request(request: Request) -> HTTPResponse | None:
 
 
 def _check_key(request: Request) -> None:
-    key = state_of(request).settings.api_key
-    if not key or request.path.startswith(OPEN_PATHS):
+    """Operators' routes want the admin key if there is one; all else wants the API key, or the admin's."""
+    settings = state_of(request).settings
+    if request.method == "OPTIONS" or request.path.startswith(OPEN_PATHS):
+        return
+    is_for_operators = request.route is not None and getattr(request.route.ctx, "is_for_operators", False)
+    if is_for_operators and settings.admin_api_key:
+        keys, name = [settings.admin_api_key], "admin API key"
+    elif settings.api_key:
+        keys, name = [settings.api_key, *filter(None, [settings.admin_api_key])], "API key"
+    else:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    is_right = hmac.compare_digest(given.strip().encode(errors="replace"), key.encode())
+    given_bytes = given.strip().encode(errors="replace")
+    is_right = any(hmac.compare_digest(given_bytes, key.encode()) for key in keys)
     if scheme.lower() != "bearer" or not is_right:
-        raise UnauthorizedError("The API key is missing or wrong; send it as Authorization: Bearer KEY.")
+        raise UnauthorizedError(f"The {name} is missing or wrong; send it as Authorization: Bearer KEY.")
+
+
+def _allow_origin(request: Request, response: BaseHTTPResponse) -> None:
+    """Let pages of the allowed origins read the answer."""
+    allowed = state_of(request).settings.allowed_origins
+    if "*" in allowed:
+        response.headers["access-control-allow-origin"] = "*"
+        return
+    response.headers["vary"] = "origin"
+    origin = request.headers.get("origin", "")
+    if origin in allowed:
+        response.headers["access-control-allow-origin"] = origin
 
 
 def _preflight_headers(request: Request) -> dict[str, str]:
-    """Any origin, method and header; the list of headers is repeated because * leaves out Authorization."""
+    """Any method and header; the list of headers is repeated because * leaves out Authorization."""
     return {
         "access-control-allow-methods": "GET, POST, PUT, HEAD, OPTIONS",
         "access-control-allow-headers": request.headers.get("access-control-request-headers", "*"),
@@ -68,7 +152,8 @@ def _preflight_headers(request: Request) -> dict[str, str]:
 
 
 async def end_request(request: Request, response: BaseHTTPResponse) -> None:
-    response.headers["access-control-allow-origin"] = "*"
+    await _discard_body(request)
+    _allow_origin(request, response)
     response.headers["access-control-expose-headers"] = "x-request-id, retry-after"
     response.headers["x-request-id"] = note_of(request).request_id
     is_stream = (response.content_type or "").startswith("text/event-stream")
@@ -81,20 +166,6 @@ async def render_our_error(request: Request, error: JaxserveError) -> HTTPRespon
 
 
 async def render_http_error(request: Request, exception: SanicException) -> HTTPResponse:
-    return render_sanic_exception(request, exception)
-
-
-async def render_too_large(request: Request, exception: PayloadTooLarge) -> HTTPResponse:
-    """Read on for a while before answering: a client that is still sending would miss the answer."""
-    stream = request.stream
-    if isinstance(stream, Http) and stream.request_body:
-        stream.request_max_size = _MAX_DRAIN_FACTOR * request.app.config.REQUEST_MAX_SIZE
-        try:
-            async with asyncio.timeout(_MAX_DRAIN_S):
-                while stream.request_body:
-                    await stream.read()
-        except (SanicException, TimeoutError):
-            logger.info("request %s: its body was not read to the end", note_of(request).request_id)
     return render_sanic_exception(request, exception)
 
 

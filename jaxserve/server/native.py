@@ -6,9 +6,11 @@ Streamed frames are cumulative unless the server is set to incremental; frames o
 
 from __future__ import annotations
 
-import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 from sanic import Blueprint
 from sanic.request import Request
 from sanic.response import HTTPResponse
@@ -16,13 +18,26 @@ from sanic.response import HTTPResponse
 from jaxserve.errors import InvalidRequestError
 from jaxserve.server.decode import decode_request
 from jaxserve.server.generation import Job, Run
+from jaxserve.server.meta_info import MetaInfoWriter
 from jaxserve.server.pieces import Piece, join_pieces
-from jaxserve.server.replies import GenerateReply, MetaInfo, json_response, render_finish
+from jaxserve.server.replies import GenerateReply, json_response
 from jaxserve.server.request_lists import name_prompts, read_id_lists, spread
-from jaxserve.server.sampling import read_native_sampling
+from jaxserve.server.sampling import (
+    count_choices,
+    read_logprobs_mode,
+    read_native_sampling,
+    read_priority,
+)
 from jaxserve.server.schemas import REFUSED_BY_GENERATE, GenerateBody, SamplingBody
 from jaxserve.server.sse import EventStream
-from jaxserve.server.state import note_of, state_of
+from jaxserve.server.state import AppState, note_of, state_of
+from jaxserve.types import SamplingParams
+
+FIELD_NAMES = {
+    "logprobs": "top_logprobs_num",
+    "logprob_start": "logprob_start_len",
+    "logprob_ids": "token_ids_logprob",
+}
 
 
 def make_blueprint() -> Blueprint:
@@ -34,51 +49,46 @@ def make_blueprint() -> Blueprint:
 async def generate(request: Request) -> HTTPResponse | None:
     state = state_of(request)
     body = decode_request(request.body, GenerateBody, REFUSED_BY_GENERATE)
-    jobs, is_batch = read_jobs(body)
+    jobs, is_batch = read_jobs(body, state.settings.preferred_sampling_params)
     async with state.generator.open(jobs) as run:
         note_of(request).describe(jobs[0].rid, run)
-        renderer = _Renderer(run, state.settings.weight_version, bool(body.return_prompt_token_ids))
+        renderer = _Renderer(body, run, state, has_index=is_batch and bool(body.stream))
         if not body.stream:
             replies = [renderer.render(piece) for piece in await run.collect()]
             return json_response(replies if is_batch else replies[0])
-        so_far: dict[int, Piece] = {}
         async with EventStream(request, keep_alive_s=state.settings.keep_alive_s) as events:
             async for pieces in run:
-                if not state.settings.is_streaming_incremental:
-                    pieces = [_accumulate(so_far, piece) for piece in pieces]
-                await events.send(*[renderer.render(piece, has_index=is_batch) for piece in pieces])
+                await events.send(*[renderer.render(piece) for piece in pieces])
     return None
 
 
-def _accumulate(so_far: dict[int, Piece], piece: Piece) -> Piece:
-    """The whole output of a sequence up to and with this piece."""
-    earlier = so_far.get(piece.index)
-    whole = piece if earlier is None else join_pieces([earlier, piece])
-    so_far[piece.index] = whole
-    return whole
-
-
-def read_jobs(body: GenerateBody) -> tuple[list[Job], bool]:
+def read_jobs(body: GenerateBody, preferred: Mapping[str, Any]) -> tuple[list[Job], bool]:
     """The prompts of a body, and whether the answer is a list. InvalidRequestError for odd shapes."""
     prompts, is_list, field = _read_prompts(body)
-    samplings = spread(body.sampling_params or SamplingBody(), len(prompts), is_list, "sampling_params")
-    parsed = {id(item): read_native_sampling(item) for item in samplings}  # a shared one is read once
-    salts = spread(body.cache_salt or body.extra_key or "", len(prompts), is_list, "cache_salt")
-    rids = name_prompts(body.rid, len(prompts), is_list)
+    num_prompts = len(prompts)
+    bodies = spread(body.sampling_params or SamplingBody(), num_prompts, is_list, "sampling_params")
+    parsed = {  # a shared one is read once
+        id(item): read_native_sampling(item, preferred, beam_width=body.beam_width) for item in bodies
+    }
+    samplings = _add_logprobs(body, [parsed[id(item)] for item in bodies], is_list)
+    salts = spread(body.cache_salt or body.extra_key or "", num_prompts, is_list, "cache_salt")
+    rids = name_prompts(body.rid, num_prompts, is_list)
+    priority = read_priority(body.priority)
     jobs = [
         Job(
             rid=rid,
             prompt=prompt,
             prompt_field=field,
-            sampling=parsed[id(sampling)],
-            length_field=None if sampling.max_new_tokens in (UNSET, None) else "max_new_tokens",
-            priority=body.priority or 0,
+            sampling=sampling,
+            length_field=None if asked.max_new_tokens in (UNSET, None) else "max_new_tokens",
+            field_names=FIELD_NAMES,
+            priority=priority,
             cache_salt=salt,
-            stream_interval=sampling.stream_interval,
+            stream_interval=asked.stream_interval,
         )
-        for prompt, sampling, salt, rid in zip(prompts, samplings, salts, rids, strict=True)
+        for prompt, asked, sampling, salt, rid in zip(prompts, bodies, samplings, salts, rids, strict=True)
     ]
-    return jobs, is_list or any(job.sampling.n > 1 for job in jobs)
+    return jobs, is_list or any(count_choices(job.sampling) > 1 for job in jobs)
 
 
 def _read_prompts(body: GenerateBody) -> tuple[list[str | list[int]], bool, str]:
@@ -95,35 +105,78 @@ def _read_prompts(body: GenerateBody) -> tuple[list[str | list[int]], bool, str]
     return [*body.text], True, "text"
 
 
+def _add_logprobs(body: GenerateBody, samplings: list[SamplingParams], is_list: bool) -> list[SamplingParams]:
+    """What return_logprob and its fellows ask of each prompt; without it they ask for nothing."""
+    num_prompts = len(samplings)
+    is_scaled = read_logprobs_mode(body.logprobs_mode)
+    wanted = spread(body.return_logprob or False, num_prompts, is_list, "return_logprob")
+    if not any(wanted):
+        return samplings
+    starts = spread(body.logprob_start_len, num_prompts, is_list, "logprob_start_len")
+    nums = spread(body.top_logprobs_num, num_prompts, is_list, "top_logprobs_num")
+    watched = _read_watched_ids(body.token_ids_logprob, num_prompts, is_list)
+    return [
+        replace(
+            sampling,
+            logprobs=num or 0,
+            logprob_start=None if start in (None, -1) else start,
+            logprob_ids=ids,
+            are_logprobs_scaled=is_scaled,
+        )
+        if is_wanted
+        else sampling
+        for sampling, is_wanted, start, num, ids in zip(samplings, wanted, starts, nums, watched, strict=True)
+    ]
+
+
+def _read_watched_ids(
+    ids: list[int | list[int] | None] | None, num_prompts: int, is_list: bool
+) -> list[tuple[int, ...]]:
+    """token_ids_logprob: one list of ids for all prompts, or in a batch a list for each."""
+    if not any(isinstance(item, list) for item in ids or ()):
+        flat = [item for item in ids or () if isinstance(item, int)]
+        return [tuple(flat)] * num_prompts
+    if not is_list or any(isinstance(item, int) for item in ids or ()):
+        raise InvalidRequestError(
+            "token_ids_logprob must be a flat list of integers; for a list of prompts it may be a list of "
+            "such lists.",
+            param="token_ids_logprob",
+        )
+    return [tuple(item or ()) for item in spread(ids, num_prompts, is_list, "token_ids_logprob")]
+
+
 class _Renderer:
     """Pieces to reply objects, for one run."""
 
-    def __init__(self, run: Run, weight_version: str, has_prompt_ids: bool):
+    def __init__(self, body: GenerateBody, run: Run, state: AppState, *, has_index: bool):
         self._run = run
-        self._weight_version = weight_version
-        self._has_prompt_ids = has_prompt_ids
+        self._has_index = has_index
+        self._has_prompt_ids = bool(body.return_prompt_token_ids)
+        self._so_far: dict[int, Piece] = {}
+        self._is_cumulative = bool(body.stream) and not state.settings.is_streaming_incremental
+        self._meta_info = MetaInfoWriter(
+            run,
+            state.text.tokenizer,
+            state.weights,
+            has_text=bool(body.return_text_in_logprobs),
+            is_cumulative=self._is_cumulative,
+        )
 
-    def render(self, piece: Piece, *, has_index: bool = False) -> GenerateReply:
-        sequence = self._run.sequences[piece.index]
-        meta_info = MetaInfo(
-            id=sequence.rid,
-            finish_reason=render_finish(piece.finish, piece.num_output_tokens),
-            prompt_tokens=piece.num_prompt_tokens,
-            weight_version=self._weight_version,
-            total_retractions=piece.num_retractions,
-            num_retractions=piece.num_retractions,
-            reasoning_tokens=0,
-            completion_tokens=piece.num_output_tokens,
-            cached_tokens=piece.num_cached_tokens,
-            cached_tokens_details={"device": piece.num_cached_tokens, "host": 0},
-            dp_rank=None,
-            e2e_latency=self._run.elapsed_s,
-            response_sent_to_client_ts=time.time(),
-        )
+    def render(self, piece: Piece) -> GenerateReply:
+        meta_info = self._meta_info.describe(piece)
+        shown = self._accumulate(piece) if self._is_cumulative else piece
         return GenerateReply(
-            text=piece.text,
-            output_ids=piece.token_ids,
+            text=shown.text,
+            output_ids=shown.token_ids,
             meta_info=meta_info,
-            index=piece.index if has_index else UNSET,
-            prompt_token_ids=sequence.prompt_ids if self._has_prompt_ids else UNSET,
+            index=piece.index if self._has_index else UNSET,
+            prompt_token_ids=self._run.choices[piece.index].prompt_ids if self._has_prompt_ids else UNSET,
         )
+
+    def _accumulate(self, piece: Piece) -> Piece:
+        """The whole output of a choice up to and with this piece; its scores are told elsewhere."""
+        piece = structs.replace(piece, scores=[], prompt_scores=[])
+        earlier = self._so_far.get(piece.index)
+        whole = piece if earlier is None else join_pieces([earlier, piece])
+        self._so_far[piece.index] = whole
+        return whole

@@ -1,4 +1,4 @@
-"""What /v1/chat/completions and /v1/completions share: the model check, usage, finish reasons.
+"""What /v1/chat/completions and /v1/completions share: checks, usage, finish reasons, additions to choices.
 
 Knows nothing of messages or prompts.
 """
@@ -7,14 +7,24 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from msgspec import UNSET, UnsetType
 from sanic.request import Request
 
 from jaxserve.errors import InvalidRequestError, ModelNotFoundError
 from jaxserve.server.decode import decode_request
+from jaxserve.server.generation import Run
+from jaxserve.server.meta_info import MetaInfoWriter
 from jaxserve.server.pieces import Piece
-from jaxserve.server.replies import PromptTokensDetails, Usage
+from jaxserve.server.replies import (
+    CachedTokensDetails,
+    Extension,
+    MetaInfo,
+    PromptTokensDetails,
+    Usage,
+)
 from jaxserve.server.schemas import ChatBody, CompletionBody
 from jaxserve.server.settings import ServerSettings
+from jaxserve.server.state import AppState
 from jaxserve.types import FinishReason
 
 Body = TypeVar("Body", ChatBody, CompletionBody)
@@ -30,7 +40,23 @@ def read_openai_body(
     body = decode_request(request.body, body_type, refusals)
     if settings.is_model_name_strict and body.model is not None:
         check_model(body.model, settings)
+    if body.stream:
+        _refuse_in_streams(body)
     return body
+
+
+def _refuse_in_streams(body: ChatBody | CompletionBody) -> None:
+    """As in SGLang: whole replies only, but for the token ids of completions."""
+    wanted = {
+        "return_meta_info": body.return_meta_info,
+        "return_prompt_token_ids": body.return_prompt_token_ids,
+        "return_token_ids": body.return_token_ids and isinstance(body, ChatBody),
+    }
+    for name, is_wanted in wanted.items():
+        if is_wanted:
+            raise InvalidRequestError(
+                f"{name} is not supported with stream; set stream to false.", param=name
+            )
 
 
 def check_model(name: str, settings: ServerSettings) -> None:
@@ -56,6 +82,39 @@ def read_cache_salt(value: str | None, extra_key: str | None) -> str:
     return value or extra_key or ""
 
 
+def cumulative_logprob(piece: Piece) -> float | UnsetType:
+    """The score of a whole beam; no key for any other choice."""
+    return UNSET if piece.cumulative_logprob is None else piece.cumulative_logprob
+
+
+class Additions:
+    """What a request asked to be added to its choices and its reply; UNSET where it did not."""
+
+    def __init__(self, body: ChatBody | CompletionBody, run: Run, state: AppState):
+        self._run = run
+        self._has_prompt_ids = bool(body.return_prompt_token_ids or body.return_token_ids)
+        self._has_ids = bool(body.return_token_ids)
+        self._has_cached_details = bool(body.return_cached_tokens_details)
+        self._meta_info: MetaInfoWriter | None = None
+        if body.return_meta_info:
+            self._meta_info = MetaInfoWriter(run, state.text.tokenizer, state.weights, has_text=True)
+
+    def prompt_token_ids(self, piece: Piece) -> list[int] | UnsetType:
+        return self._run.choices[piece.index].prompt_ids if self._has_prompt_ids else UNSET
+
+    def token_ids(self, piece: Piece) -> list[int] | UnsetType:
+        return piece.token_ids if self._has_ids else UNSET
+
+    def meta_info(self, piece: Piece) -> MetaInfo | UnsetType:
+        return UNSET if self._meta_info is None else self._meta_info.describe(piece)
+
+    def extension(self, first: Piece | None) -> Extension | UnsetType:
+        """`sglext`, told of the first choice as SGLang does."""
+        if first is None or not self._has_cached_details:
+            return UNSET
+        return Extension(cached_tokens_details=CachedTokensDetails(device=first.num_cached_tokens, host=0))
+
+
 class UsageCounter:
     """Adds up the counts of a run as its pieces pass: each prompt once, each choice's output."""
 
@@ -66,6 +125,11 @@ class UsageCounter:
     def note(self, pieces: list[Piece]) -> None:
         for piece in pieces:
             self._last[piece.index] = piece
+
+    @property
+    def first(self) -> Piece | None:
+        """The last piece of the first choice, if one has come."""
+        return self._last.get(0)
 
     def total(self) -> Usage:
         outputs = list(self._last.values())

@@ -7,7 +7,6 @@ outside. Knows nothing of how routes work.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -29,8 +28,12 @@ from jaxserve.server.replies import (
     ModelList,
     json_response,
 )
+from jaxserve.server.route_doc import GET, POST, PROBE, RouteDoc
+from jaxserve.server.sample import SampleBody, SampleReply
 from jaxserve.server.schemas import AbortBody, ChatBody, CompletionBody, GenerateBody
+from jaxserve.server.schemas_operations import OPERATOR_ROUTES
 from jaxserve.server.state import state_of
+from jaxserve.server.tokens import TOKEN_ROUTES
 
 _REF = "#/components/schemas/{name}"
 _ERROR_STATUSES = {
@@ -40,26 +43,9 @@ _ERROR_STATUSES = {
     "413": "The body is larger than the server reads.",
     "429": "The queue or the concurrency limit is full; Retry-After says when to come back.",
     "500": "The server failed.",
-    "503": "The engine is starting, draining or dead.",
+    "503": "The engine is starting, asleep, draining or dead.",
 }
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RouteDoc:
-    """One path of the API. `reply` is a struct type, or a media type for anything that is not JSON."""
-
-    path: str
-    methods: tuple[str, ...]
-    tag: str
-    summary: str
-    body: type | None = None
-    reply: type | str = "application/json"
-    event: type | None = None  # what `stream: true` sends
-    query: tuple[str, ...] = ()
-
-
-GET, POST = ("GET",), ("POST",)
-PROBE = ("GET", "HEAD")
 
 ROUTES: tuple[RouteDoc, ...] = (
     RouteDoc(
@@ -93,6 +79,15 @@ ROUTES: tuple[RouteDoc, ...] = (
         reply=GenerateReply,
         event=GenerateReply,
     ),
+    RouteDoc(
+        path="/v1/sample",
+        methods=POST,
+        tag="xLLM",
+        summary="The likeliest tokens wherever a prompt holds a literal",
+        body=SampleBody,
+        reply=SampleReply,
+    ),
+    *TOKEN_ROUTES,
     RouteDoc(path="/health", methods=PROBE, tag="Health", summary="Is the engine alive", reply=HealthReply),
     RouteDoc(path="/ready", methods=PROBE, tag="Health", summary="Are requests taken", reply=HealthReply),
     RouteDoc(path="/ping", methods=PROBE, tag="Health", summary="The same for SageMaker", reply=HealthReply),
@@ -120,6 +115,7 @@ ROUTES: tuple[RouteDoc, ...] = (
         body=AbortBody,
         reply="text/plain",
     ),
+    *OPERATOR_ROUTES,
     RouteDoc(path="/docs", methods=GET, tag="Docs", summary="The API as a page", reply="text/html"),
     RouteDoc(path="/openapi.json", methods=GET, tag="Docs", summary="The OpenAPI description"),
 )
@@ -154,7 +150,7 @@ def describe_api() -> dict[str, Any]:
         "info": {
             "title": "jaxserve",
             "version": "1",
-            "description": "OpenAI's and SGLang's request formats on one port.",
+            "description": "OpenAI's, SGLang's and xLLM's request formats on one port.",
         },
         "paths": {route.path: _describe_path(route) for route in ROUTES},
         "components": {
@@ -170,6 +166,7 @@ def _describe_path(route: RouteDoc) -> dict[str, Any]:
     names = re.findall(r"{(\w+)}", route.path)
     parameters = [_parameter(name, "path", "string") for name in names]
     parameters += [_parameter(name, "query", "number") for name in route.query]
+    parameters += [_parameter(name, "query", "string") for name in route.text_query]
     if parameters:
         path["parameters"] = parameters
     return path
@@ -187,9 +184,9 @@ def _describe_operation(route: RouteDoc, method: str) -> dict[str, Any]:
         "summary": route.summary,
         "responses": {"200": _describe_reply(route)} | _describe_errors(),
     }
-    if route.body is not None:
+    if route.body is not None and method != "GET":
         content = {"application/json": {"schema": _reference(route.body)}}
-        operation["requestBody"] = {"required": True, "content": content}
+        operation["requestBody"] = {"required": route.is_body_required, "content": content}
     return operation
 
 

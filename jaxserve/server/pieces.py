@@ -20,14 +20,25 @@ from jaxserve.metrics import ServerMetrics
 from jaxserve.server.engine_port import EnginePort
 from jaxserve.text.output import TextStream
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.types import FinishReason, SamplingParams, TokenDelta, TokenParams
+from jaxserve.types import (
+    BeamResult,
+    FinishReason,
+    SamplingParams,
+    TokenDelta,
+    TokenParams,
+    TokenScores,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
-    """One request to the engine: the i-th choice of one prompt. `index` is its place in the reply."""
+    """One request to the engine: the i-th choice of one prompt, or all beams of a search.
+
+    `index` is its place in the reply; `num_choices` places from there on are its own.
+    """
 
     index: int
+    num_choices: int
     rid: str
     prompt_ids: list[int]
     params: TokenParams
@@ -38,7 +49,11 @@ class Sequence:
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
-    """New text and token ids of one sequence; the counts are totals so far."""
+    """New text and token ids of one choice; the counts are totals so far.
+
+    `scores` has an entry for each of `token_ids` if they were asked for. `prompt_scores` come with the first
+    piece that holds a token or the finish. `cumulative_logprob` is that of a whole beam.
+    """
 
     index: int
     text: str
@@ -48,6 +63,9 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     num_cached_tokens: int
     num_output_tokens: int
     num_retractions: int
+    prompt_scores: list[TokenScores] = []
+    scores: list[TokenScores] = []
+    cumulative_logprob: float | None = None
 
 
 def join_pieces(pieces: list[Piece]) -> Piece:
@@ -56,16 +74,22 @@ def join_pieces(pieces: list[Piece]) -> Piece:
     if len(pieces) == 1:
         return last
     token_ids: list[int] = []
+    prompt_scores: list[TokenScores] = []
+    scores: list[TokenScores] = []
     for piece in pieces:
         token_ids += piece.token_ids
+        prompt_scores += piece.prompt_scores
+        scores += piece.scores
     text = "".join([piece.text for piece in pieces])
-    return msgspec.structs.replace(last, text=text, token_ids=token_ids)
+    return msgspec.structs.replace(
+        last, text=text, token_ids=token_ids, prompt_scores=prompt_scores, scores=scores
+    )
 
 
 async def read_sequence(
     engine: EnginePort, tokenizer: Tokenizer, sequence: Sequence, metrics: ServerMetrics, started_s: float
 ) -> AsyncGenerator[Piece, None]:
-    """Submit one sequence and yield its text; the last piece has `finish`.
+    """Submit one sequence and yield its text; the last piece has `finish`. A search yields a piece a beam.
 
     `started_s` is when the request came in (time.perf_counter), from which latencies are measured.
 
@@ -97,9 +121,15 @@ async def read_sequence(
                 delta.num_cached_tokens,
                 num_output_tokens,
                 delta.num_retractions,
+                delta.prompt_scores,
+                delta.scores[: len(output.token_ids)],
             )
             timer.note(delta, piece)
             held.append(piece)
+            if delta.beams:
+                for beam_piece in read_beams(delta.beams, join_pieces(held), tokenizer, sequence.sampling):
+                    yield beam_piece
+                return
             if _is_due(held, num_output_tokens, sequence.stream_interval):
                 yield join_pieces(held)
                 held = []
@@ -108,9 +138,39 @@ async def read_sequence(
     raise InternalError(f"The engine ended request {sequence.rid} without giving a reason.")
 
 
+def read_beams(
+    beams: list[BeamResult], search: Piece, tokenizer: Tokenizer, sampling: SamplingParams
+) -> list[Piece]:
+    """The hypotheses of a finished search as finished pieces, best first; `search` is the piece that told
+    them, with the prompt's counts and scores."""
+    pieces: list[Piece] = []
+    for rank, beam in enumerate(beams):
+        output = TextStream(tokenizer, sampling).push(beam.token_ids, beam.finish)
+        pieces.append(
+            msgspec.structs.replace(
+                search,
+                index=search.index + rank,
+                text=output.text,
+                token_ids=beam.token_ids,
+                finish=beam.finish,
+                num_output_tokens=len(beam.token_ids),
+                scores=beam.scores,
+                cumulative_logprob=beam.cumulative_logprob,
+            )
+        )
+    return pieces
+
+
 def _is_due(held: list[Piece], num_output_tokens: int, stream_interval: int) -> bool:
-    """The first token goes out at once, the last too, those between in groups of stream_interval."""
-    if held[-1].finish is not None or stream_interval <= 1:
+    """The first token goes out at once, the last too, those between in groups of stream_interval.
+
+    Before the first token there are at most scores of the prompt, and those wait for it.
+    """
+    if held[-1].finish is not None:
+        return True
+    if num_output_tokens == 0:
+        return False
+    if stream_interval <= 1:
         return True
     num_held = sum(len(piece.token_ids) for piece in held)
     return num_held >= stream_interval or num_held == num_output_tokens
@@ -137,7 +197,8 @@ class _Timer:
 
     def note(self, delta: TokenDelta, piece: Piece) -> None:
         now_s = time.perf_counter()
-        num_new = len(delta.token_ids)
+        # A search tells all its tokens at once, at its end.
+        num_new = delta.num_output_tokens if delta.beams else len(delta.token_ids)
         if num_new:
             if self._num_tokens == 0:
                 self._first_s = now_s
@@ -148,8 +209,9 @@ class _Timer:
             self._num_tokens += num_new
         if piece.finish is not None:
             decode_s = self._last_s - self._first_s
+            num_output = delta.num_output_tokens if delta.beams else piece.num_output_tokens
             self._metrics.observe_finish(
-                now_s - self._started_s, decode_s, piece.num_prompt_tokens, piece.num_output_tokens
+                now_s - self._started_s, decode_s, piece.num_prompt_tokens, num_output
             )
 
 

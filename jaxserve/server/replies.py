@@ -40,8 +40,16 @@ class ErrorBody(msgspec.Struct, kw_only=True):
     error: ErrorDetail
 
 
+LogprobEntry = tuple[
+    float | None, int, str | None
+]  # log-probability, token id, the token's text if asked for
+
+
 class MetaInfo(msgspec.Struct, kw_only=True):
-    """Counts and times of one /generate output; both spellings of the retraction count are sent."""
+    """Counts, times and logprobs of one /generate output; both spellings of the retraction count are sent.
+
+    The entries of `input_...` begin with the position that was asked for, whose logprob is null.
+    """
 
     id: str
     finish_reason: dict[str, Any] | None
@@ -56,6 +64,14 @@ class MetaInfo(msgspec.Struct, kw_only=True):
     dp_rank: int | None
     e2e_latency: float  # seconds
     response_sent_to_client_ts: float  # unix time
+    input_token_logprobs: list[LogprobEntry] | UnsetType = UNSET
+    output_token_logprobs: list[LogprobEntry] | UnsetType = UNSET
+    output_token_logprobs_length: int | UnsetType = UNSET
+    input_top_logprobs: list[list[LogprobEntry] | None] | UnsetType = UNSET
+    output_top_logprobs: list[list[LogprobEntry] | None] | UnsetType = UNSET
+    input_token_ids_logprobs: list[list[LogprobEntry] | None] | UnsetType = UNSET
+    output_token_ids_logprobs: list[list[LogprobEntry] | None] | UnsetType = UNSET
+    cumulative_logprob: float | UnsetType = UNSET  # of a beam
 
 
 def render_finish(finish: FinishReason | None, num_output_tokens: int) -> dict[str, Any] | None:
@@ -93,6 +109,48 @@ class Metadata(msgspec.Struct, kw_only=True):
     weight_version: str
 
 
+class CachedTokensDetails(msgspec.Struct, kw_only=True):
+    device: int
+    host: int
+
+
+class Extension(msgspec.Struct, kw_only=True):
+    """What SGLang adds to a whole OpenAI reply, under the key sglext."""
+
+    cached_tokens_details: CachedTokensDetails
+
+
+class TopLogprob(msgspec.Struct, kw_only=True):
+    """One token as an alternative. `bytes` are exact where `token` cannot be: half a character, say."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+    token_id: int
+
+
+class TokenLogprob(msgspec.Struct, kw_only=True):
+    token: str
+    bytes: list[int]
+    logprob: float
+    token_id: int
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct, kw_only=True):
+    content: list[TokenLogprob]
+
+
+class CompletionLogprobs(msgspec.Struct, kw_only=True):
+    """Lists side by side, an entry a token; `text_offset` counts characters of the choice's whole text."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+    token_ids: list[int]
+
+
 class ChatMessage(msgspec.Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str
@@ -103,9 +161,13 @@ class ChatMessage(msgspec.Struct, kw_only=True):
 class ChatChoice(msgspec.Struct, kw_only=True):
     index: int
     message: ChatMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
     matched_stop: int | str | None = None
+    cumulative_logprob: float | UnsetType = UNSET  # of a beam
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    response_token_ids: list[int] | UnsetType = UNSET
+    meta_info: MetaInfo | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -116,6 +178,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     choices: list[ChatChoice]
     usage: Usage
     metadata: Metadata
+    sglext: Extension | UnsetType = UNSET
 
 
 class ChatDelta(msgspec.Struct, kw_only=True):
@@ -127,9 +190,10 @@ class ChatDelta(msgspec.Struct, kw_only=True):
 class ChatChunkChoice(msgspec.Struct, kw_only=True):
     index: int
     delta: ChatDelta
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: int | str | None = None
+    cumulative_logprob: float | UnsetType = UNSET  # of a beam, on its last chunk
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
@@ -139,14 +203,19 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType = UNSET
+    sglext: Extension | UnsetType = UNSET
 
 
 class CompletionChoice(msgspec.Struct, kw_only=True):
     index: int
     text: str
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
     matched_stop: int | str | None = None
+    cumulative_logprob: float | UnsetType = UNSET  # of a beam
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
+    meta_info: MetaInfo | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
@@ -159,6 +228,7 @@ class Completion(msgspec.Struct, kw_only=True):
     choices: list[CompletionChoice]
     usage: Usage | UnsetType = UNSET
     metadata: Metadata | UnsetType = UNSET
+    sglext: Extension | UnsetType = UNSET
 
 
 class ModelCard(msgspec.Struct, kw_only=True):

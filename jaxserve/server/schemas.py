@@ -35,14 +35,14 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     logit_bias: dict[int, float] | None = None
     sampling_seed: int | None = None
     seed: int | None = None
+    stop_regex: str | list[str] | None = None
+    beam_width: int | None = None  # above 1: beam search; 0 and 1: none
     stream_interval: int | None = None
     json_schema: Any = None
     regex: Any = None
     ebnf: Any = None
     structural_tag: Any = None
-    stop_regex: Any = None
     custom_params: Any = None
-    beam_width: Any = None
     watermark: Any = None
     choice: Any = None
 
@@ -54,8 +54,15 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     input_ids: list[int | list[int]] | None = None
     sampling_params: SamplingBody | list[SamplingBody] | None = None
     stream: bool | None = None
+    return_logprob: bool | list[bool] | None = None  # the switch for the five below
+    logprob_start_len: int | list[int] | None = None  # -1: of the output only
+    top_logprobs_num: int | list[int] | None = None
+    token_ids_logprob: list[int | list[int] | None] | None = None  # a list of lists for a batch
+    return_text_in_logprobs: bool | None = None
+    logprobs_mode: str | None = None  # "raw" or "scaled"
+    beam_width: int | None = None  # as in sampling_params
     rid: str | list[str] | None = None
-    priority: int | None = None
+    priority: int | str | None = None
     cache_salt: str | list[str] | None = None
     extra_key: str | list[str] | None = None
     return_prompt_token_ids: bool | None = None
@@ -90,31 +97,47 @@ class ChatBody(msgspec.Struct, kw_only=True):
     presence_penalty: float | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    stop_regex: str | list[str] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
     n: int | None = None
+    best_of: int | None = None  # accepted up to n
+    beam_width: int | None = None
+    num_return_sequences: int | None = None  # accepted where it says what beam_width does
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    logprobs_mode: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    input_ids: list[int] | None = None  # instead of what the template makes of the messages
+    add_special_tokens: bool | None = None  # null: false
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: str | float | None = None  # handed to the chat template
     tools: list[dict[str, Any]] | None = None  # handed to the chat template
     tool_choice: str | dict[str, Any] | None = None  # "auto" or "none"
     rid: str | None = None
-    priority: int | None = None
+    request_id: str | None = None
+    priority: int | str | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
+    return_prompt_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    return_meta_info: bool | None = None
+    return_cached_tokens_details: bool | None = None
 
 
 class CompletionBody(msgspec.Struct, kw_only=True):
     """POST /v1/completions: OpenAI's fields and SGLang's additions. Lists make a batch."""
 
     prompt: str | list[str | int | list[int]]
+    suffix: str | None = None  # text that comes after what is generated
     model: str | None = None
-    max_tokens: int | None = None  # null: 16
+    max_tokens: int | None = None  # null: 16; 0 with echo: only score the prompt
     min_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -125,19 +148,32 @@ class CompletionBody(msgspec.Struct, kw_only=True):
     presence_penalty: float | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
+    stop_regex: str | list[str] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    include_stop_str_in_output: bool | None = None
     n: int | None = None
     best_of: int | None = None  # accepted up to n
+    beam_width: int | None = None
+    num_return_sequences: int | None = None  # accepted where it says what beam_width does
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
+    logprobs: int | None = None
+    logprobs_mode: str | None = None
+    echo: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    add_special_tokens: bool | None = None  # null: true
     rid: str | list[str] | None = None
-    priority: int | None = None
+    request_id: str | None = None
+    priority: int | str | None = None
     cache_salt: str | list[str] | None = None
     extra_key: str | list[str] | None = None
+    return_prompt_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    return_meta_info: bool | None = None
+    return_cached_tokens_details: bool | None = None
 
 
 class AbortBody(msgspec.Struct, kw_only=True):
@@ -151,17 +187,16 @@ class AbortBody(msgspec.Struct, kw_only=True):
 IGNORED_FIELDS: tuple[str, ...] = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction"),
     *("verbosity", "parallel_tool_calls", "separate_reasoning", "stream_reasoning", "require_reasoning"),
-    *("mm_processor_kwargs", "max_dynamic_patch", "mm_hashes", "mm_content_hashes", "log_metrics", "no_logs"),
-    *(
-        "custom_labels",
-        "routing_key",
-        "conversation_id",
-        "bootstrap_host",
-        "bootstrap_port",
-        "bootstrap_room",
-    ),
-    *("routed_dp_rank", "data_parallel_rank", "decode_tp_size", "kv_hints", "return_text_in_logprobs"),
-    *("logprob_start_len", "routed_experts_start_len", "spaces_between_special_tokens"),
+    *("thinking", "task", "mm_processor_kwargs", "images_config", "video_config", "use_audio_in_video"),
+    *("max_dynamic_patch", "min_dynamic_patch", "mm_hashes", "mm_content_hashes", "log_metrics", "no_logs"),
+    *("custom_labels", "routing_key", "conversation_id", "session_id", "bootstrap_host", "bootstrap_port"),
+    *("bootstrap_room", "bootstrap_pair_key", "routed_dp_rank", "data_parallel_rank", "decode_tp_size"),
+    *("disagg_prefill_dp_rank", "kv_hints", "routed_experts_start_len", "spaces_between_special_tokens"),
+    *("return_flat_raw_top_logprobs_b64", "return_spec_tokens_details"),
+    # xLLM's scheduling classes and what its own services send each other
+    *("offline", "ttft_slo_ms", "tpot_slo_ms", "ttlt_slo_ms", "ttft_priority_weight", "tpot_priority_weight"),
+    *("ttlt_priority_weight", "priority_weight", "service_request_id", "source_xservice_addr", "routing"),
+    *("x_request_id", "x_request_time"),
 )
 
 _NOT_YET = "by this version."
@@ -169,20 +204,23 @@ _TEXT_ONLY = "by this server: the model reads text only."
 
 # Refused when they ask for something; the value ends the sentence "FIELD is not supported ...".
 REFUSED_BY_ALL: dict[str, str] = {
-    "beam_width": _NOT_YET,
-    "stop_regex": _NOT_YET,
     "regex": _NOT_YET,
     "ebnf": _NOT_YET,
     "structural_tag": _NOT_YET,
     "json_schema": _NOT_YET,
     "lora_path": "by this version: no adapters can be loaded.",
     "session_params": _NOT_YET,
-    "session_id": _NOT_YET,
     "custom_logit_processor": "by this server: it would run code sent by clients.",
     "custom_params": _NOT_YET,
+    "watermark": _NOT_YET,
     "return_hidden_states": _NOT_YET,
     "return_routed_experts": _NOT_YET,
     "max_thinking_tokens": _NOT_YET,
+    "return_sampling_mask": _NOT_YET,
+    "sampling_logprobs_mode": "by this version; use logprobs_mode.",
+    "return_flat_raw_top_logprobs": _NOT_YET,
+    "return_flat_raw_output_top_logprobs": _NOT_YET,
+    "return_entropy": _NOT_YET,
 }
 REFUSED_BY_GENERATE: dict[str, str] = {
     **REFUSED_BY_ALL,
@@ -190,22 +228,12 @@ REFUSED_BY_GENERATE: dict[str, str] = {
     "image_data": _TEXT_ONLY,
     "video_data": _TEXT_ONLY,
     "audio_data": _TEXT_ONLY,
-    "return_logprob": _NOT_YET,
-    "top_logprobs_num": _NOT_YET,
-    "token_ids_logprob": _NOT_YET,
-    "return_flat_raw_top_logprobs": _NOT_YET,
-    "return_sampling_mask": _NOT_YET,
-    "return_entropy": _NOT_YET,
 }
 REFUSED_BY_OPENAI: dict[str, str] = {
     **REFUSED_BY_ALL,
-    "logprobs": _NOT_YET,
-    "top_logprobs": _NOT_YET,
     "response_format": "by this version, except for the type text.",
-    "return_token_ids": _NOT_YET,
-    "return_prompt_token_ids": _NOT_YET,
-    "return_meta_info": _NOT_YET,
-    "return_cached_tokens_details": _NOT_YET,
+    "return_input_ids_in_sglext": "by this version; use return_prompt_token_ids.",
+    "return_output_ids_in_sglext": "by this version; use return_token_ids.",
 }
 REFUSED_BY_CHAT: dict[str, str] = {
     **REFUSED_BY_OPENAI,
@@ -215,17 +243,17 @@ REFUSED_BY_CHAT: dict[str, str] = {
     "audio": _TEXT_ONLY,
     "web_search_options": "by this server.",
     "chat_template": "in a request; give the server one with --chat-template.",
-    "input_ids": "by /v1/chat/completions; use /generate.",
+    "token_ids": "by /v1/chat/completions; use input_ids.",
 }
 REFUSED_BY_COMPLETIONS: dict[str, str] = {
     **REFUSED_BY_OPENAI,
-    "echo": _NOT_YET,
-    "suffix": _NOT_YET,
+    "token_ids": "by /v1/completions; the prompt may be a list of ids.",
+    "input_tensors": "by this version.",
 }
 
 # Values of refused fields that ask for nothing special.
 HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
-    "beam_width": (1,),
+    "sampling_logprobs_mode": ("selected",),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "function_call": ("none",),

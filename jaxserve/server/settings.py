@@ -59,13 +59,20 @@ class ServerSettings:
     tokenizer_path: str = ""  # "" means model_path
     load_format: str = "auto"
     api_key: str | None = None
+    admin_api_key: str | None = None  # for operators' routes; None: the API key, if there is one
+    allowed_origins: tuple[str, ...] = ("*",)  # whose pages may call; "*" is any
     weight_version: str = "default"
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    # Under the names of /generate's sampling_params, for what a request leaves open, on every route.
+    preferred_sampling_params: Mapping[str, Any] = field(default_factory=dict)
     is_model_name_strict: bool = False
     random_seed: int | None = None  # starts the seeds of requests that bring none; None: unpredictable
     max_concurrent_requests: int | None = None
     max_sequences: int = 4096
+    max_n: int | None = None  # None: only max_sequences bounds it
+    max_prompt_tokens: int | None = None  # None: what the context holds
     max_body_bytes: int = 64 * 1024 * 1024
+    upload_timeout_s: float = 120.0  # for a request's body to arrive
     stream_interval: int = 1  # tokens a streamed frame, at least
     is_streaming_incremental: bool = False  # /generate frames hold only what is new
     keep_alive_s: float = 15.0  # silence before a comment is sent on a stream

@@ -6,10 +6,12 @@ counts, never a prompt.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from sanic.request import Request
 
@@ -24,6 +26,37 @@ access_logger = logging.getLogger("jaxserve.access")
 PROBE_ENDPOINTS = ("health", "ready", "ping", "metrics")
 
 
+# Where clients and proxies put the id of a request, in order of precedence (xLLM's list).
+REQUEST_ID_HEADERS = ("x-request-id", "x-ms-client-request-id", "trace_id")
+
+
+@dataclass(slots=True)
+class ServedWeights:
+    """Which weights are served, as operators call them; only updates change it."""
+
+    version: str
+    model_path: str
+    _label: str = field(init=False)  # the last one that was given
+    _num_unnamed: int = field(default=0, init=False)  # updates since then
+
+    def __post_init__(self) -> None:
+        self._label = self.version
+
+    def note_update(self, model_path: str, version: str | None) -> str:
+        """Other weights are served; without a new label the last one is counted on."""
+        self.model_path = model_path
+        if version is not None:
+            self.rename(version)
+        else:
+            self._num_unnamed += 1
+            self.version = f"{self._label}.{self._num_unnamed}"
+        return self.version
+
+    def rename(self, version: str) -> None:
+        self.version = self._label = version
+        self._num_unnamed = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppState:
     engine: EnginePort
@@ -31,7 +64,9 @@ class AppState:
     settings: ServerSettings
     generator: Generator
     metrics: ServerMetrics
+    weights: ServedWeights
     started_at_s: float  # unix time, the `created` of /v1/models
+    chores: set[asyncio.Task[Any]] = field(default_factory=set)  # that go on when their client leaves
 
 
 @dataclass(slots=True)
@@ -42,6 +77,7 @@ class RequestNote:
     started_s: float
     rid: str = ""
     run: Run | None = None
+    details: str = ""  # more of the same kind, where a route has something to add
     is_finished: bool = False
 
     def describe(self, rid: str, run: Run) -> None:
@@ -56,10 +92,15 @@ def note_of(request: Request) -> RequestNote:
     """The request's note; a fresh one when it failed before the middleware ran."""
     note = getattr(request.ctx, "note", None)
     if note is None:
-        given = request.headers.get("x-request-id", "")
-        note = RequestNote(given if _is_printable(given) else uuid.uuid4().hex, time.perf_counter())
+        note = RequestNote(_find_request_id(request), time.perf_counter())
         request.ctx.note = note
     return note
+
+
+def _find_request_id(request: Request) -> str:
+    """The client's own id, or a new one."""
+    given = (request.headers.get(name, "") for name in REQUEST_ID_HEADERS)
+    return next((request_id for request_id in given if _is_printable(request_id)), uuid.uuid4().hex)
 
 
 def _is_printable(request_id: str) -> bool:
@@ -80,7 +121,8 @@ def finish_request(request: Request, status: int) -> None:
     if note.run is not None:
         num_prompt, num_output = note.run.num_prompt_tokens, note.run.num_output_tokens
         counts = f" prompt_tokens={num_prompt} completion_tokens={num_output}"
-    rid = f" rid={note.rid}" if note.rid else ""
+    rid = f" rid={ascii(note.rid)[1:-1]}" if note.rid else ""
+    rid += f" {note.details}" if note.details else ""
     elapsed_s = time.perf_counter() - note.started_s
     is_probe = endpoint in PROBE_ENDPOINTS
     access_logger.log(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from dataclasses import replace
 
@@ -199,6 +200,29 @@ def test_metrics_have_sglangs_names():
     assert {name: float(values[name + model]) for name in expected} == expected
     assert values['sglang:http_responses_total{endpoint="generate",method="POST",status_code="200"}'] == "1.0"
     assert values['sglang:http_responses_total{endpoint="unmatched",method="GET",status_code="404"}'] == "1.0"
+
+
+def test_histograms_fit_a_tpu_and_a_laptop():
+    stats = EngineStats(queue_time_s=2.5, queue_time_counts=(3, *[0] * 12, 1, 1))
+    with open_client(FakeEngine(stats=stats)) as client:
+        text = client.get("/metrics").text
+
+    def bounds(name: str) -> list[float]:
+        found = re.findall(rf'^sglang:{name}_seconds_bucket{{le="([^"]+)"', text, re.M)
+        return [float(bound) for bound in found]
+
+    for name, shortest_s, longest_s in (
+        ("time_to_first_token", 0.001, 300),
+        ("inter_token_latency", 0.0001, 10),
+        ("request_time_per_output_token", 0.0001, 10),
+        ("e2e_request_latency", 0.005, 1800),
+        ("queue_time", 0.001, 300),
+    ):
+        assert bounds(name) == [*sorted(bounds(name)[:-1]), float("inf")]
+        assert (bounds(name)[0], bounds(name)[-2]) == (shortest_s, longest_s)
+    queued = dict(re.findall(r'^sglang:queue_time_seconds_bucket{le="([^"]+)".*} (.*)$', text, re.M))
+    assert (queued["0.001"], queued["60.0"], queued["300.0"], queued["+Inf"]) == ("3.0", "3.0", "4.0", "5.0")
+    assert 'sglang:queue_time_seconds_sum{model_name="fake-model"} 2.5' in text
 
 
 def test_metrics_before_the_engine_is_ready():

@@ -160,8 +160,64 @@ def test_final_message_can_be_continued():
     with open_client(engine) as client:
         client.post(PATH, json={"messages": messages, "continue_final_message": True})
         wrong = client.post(PATH, json={"messages": USER, "continue_final_message": True})
+        reply = client.post(PATH, json={"messages": messages, "continue_final_message": True}).json()
     assert prompt_of(engine).endswith("<|im_start|>assistant\nThe answer is")
+    assert reply["choices"][0]["message"]["content"] == "Hello there."  # what comes after it
     assert (wrong.status_code, wrong.json()["param"]) == (400, "continue_final_message")
+
+
+def test_input_ids_take_the_place_of_the_template():
+    engine = FakeEngine(reply="ok")
+    body = {"messages": USER, "input_ids": [1, 2, 3], "return_prompt_token_ids": True}
+    with open_client(engine, text=make_text_tools(None)) as client:
+        reply = client.post(PATH, json=body).json()
+    assert engine.submitted[0].prompt_ids == [1, 2, 3]
+    assert reply["choices"][0]["prompt_token_ids"] == [1, 2, 3]
+    assert "response_token_ids" not in reply["choices"][0]
+
+
+def test_what_sglangs_clients_ask_to_be_added():
+    wanted = ("return_token_ids", "return_meta_info", "return_cached_tokens_details")
+    with open_client(FakeEngine(reply="ok")) as client:
+        body = {"messages": USER, **dict.fromkeys(wanted, True), "n": 2}
+        reply = client.post(PATH, json=body).json()
+    for choice in reply["choices"]:
+        assert len(choice["prompt_token_ids"]) == reply["usage"]["prompt_tokens"]
+        assert choice["response_token_ids"] == [*b"ok", EOS_ID]
+        assert choice["meta_info"]["completion_tokens"] == 3
+    assert list(reply["sglext"]) == ["cached_tokens_details"]
+
+
+def test_names_that_xllms_clients_use():
+    engine = FakeEngine(reply="a, b")
+    body = {"messages": USER, "request_id": "mine", "priority": "LOW", "stop": ","}
+    with open_client(engine) as client:
+        reply = client.post(PATH, json={**body, "include_stop_str_in_output": True}).json()
+        client.post(PATH, json={"messages": USER, "rid": "ours", "request_id": "theirs"})
+    assert (reply["id"], reply["choices"][0]["message"]["content"]) == ("mine", "a,")
+    assert [(item.rid, item.priority) for item in engine.submitted] == [("mine", -1), ("ours", 0)]
+
+
+def test_special_tokens_are_put_around_a_conversation_only_if_asked():
+    engine = FakeEngine()
+    with open_client(engine, text=make_text_tools(adds_bos=True)) as client:
+        for asked in (None, False, True):
+            client.post(PATH, json={"messages": USER, "add_special_tokens": asked})
+    assert [item.prompt_ids[0] == 257 for item in engine.submitted] == [False, False, True]
+
+
+def test_preferred_sampling_stands_between_the_request_and_the_model():
+    engine = FakeEngine()
+    preferred = {"temperature": 0.3, "top_k": 5, "max_new_tokens": 7, "stop": ["x"], "ignore_eos": True}
+    recommended = SamplingDefaults(temperature=0.7, top_p=0.8)
+    with open_client(engine, preferred_sampling_params=preferred, sampling_defaults=recommended) as client:
+        client.post(PATH, json={"messages": USER})
+        client.post(PATH, json={"messages": USER, "temperature": 0, "max_tokens": 3, "ignore_eos": False})
+        client.post("/v1/completions", json={"prompt": "a"})
+        client.post("/generate", json={"text": "a", "sampling_params": {"max_new_tokens": None}})
+    seen = [(p.temperature, p.top_p, p.top_k, p.max_new_tokens) for p in (s.params for s in engine.submitted)]
+    assert seen == [(0.3, 0.8, 5, 7), (0.0, 0.8, 5, 3), (0.3, 1.0, 5, 7), (0.3, 1.0, 5, 255)]
+    assert [bool(item.params.stop_ids) for item in engine.submitted] == [False, True, False, False]
 
 
 def test_tools_and_template_variables_reach_the_template():
@@ -194,12 +250,18 @@ def test_tools_and_template_variables_reach_the_template():
         ),
         ({"max_tokens": 0}, "max_tokens", "at least 1, got 0"),
         ({"max_completion_tokens": 999}, "max_completion_tokens", "max_completion_tokens is too large"),
-        ({"logprobs": True}, "logprobs", "not supported"),
-        ({"top_logprobs": 5}, "top_logprobs", "not supported"),
+        ({"best_of": 2}, "best_of", "best_of above n (1)"),
+        ({"input_ids": []}, "input_ids", "input_ids cannot be empty"),
+        (
+            {"min_tokens": 5, "max_tokens": 4},
+            "min_tokens",
+            "min_tokens must be at most max_tokens (4), got 5.",
+        ),
+        ({"return_token_ids": True, "stream": True}, "return_token_ids", "set stream to false"),
+        ({"priority": "later"}, "priority", "one of HIGH, DEFAULT, NORMAL, LOW"),
         ({"response_format": {"type": "json_object"}}, "response_format", "except for the type text"),
         ({"tool_choice": "required"}, "tool_choice", "not supported"),
         ({"tool_choice": "sometimes"}, "tool_choice", "must be"),
-        ({"beam_width": 2}, "beam_width", "not supported"),
         ({"chat_template": "{{ x }}"}, "chat_template", "--chat-template"),
         ({"n": 0}, "n", "at least 1"),
         ({"temperature": -1}, "temperature", "temperature must be"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.fakes import EOS_ID, FakeEngine, open_client
@@ -62,6 +64,16 @@ def test_stop_string_ends_the_engine_request():
     assert reply["text"] == "one"
     assert reply["meta_info"]["finish_reason"] == {"type": "stop", "matched": ", t"}
     assert reply["meta_info"]["completion_tokens"] == len("one, t")
+    assert engine.left == [reply["meta_info"]["id"]]
+
+
+def test_stop_regex_ends_the_engine_request_and_names_the_pattern():
+    engine = FakeEngine(reply="call 555-1234 now")
+    with open_client(engine) as client:
+        body = {"text": "a", "sampling_params": {"stop_regex": r"\d{3}-\d{4}", "ignore_eos": True}}
+        reply = client.post("/generate", json=body).json()
+    assert reply["text"] == "call "
+    assert reply["meta_info"]["finish_reason"] == {"type": "stop", "matched": r"\d{3}-\d{4}"}
     assert engine.left == [reply["meta_info"]["id"]]
 
 
@@ -189,6 +201,30 @@ def test_abort_by_prefix_answers_200_with_the_partial_text():
 
 
 @pytest.mark.parametrize(
+    ("path", "body", "read_text"),
+    [
+        ("/generate", {"text": "a"}, lambda reply: reply["text"]),
+        ("/v1/completions", {"prompt": "a"}, lambda reply: reply["choices"][0]["text"]),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "a"}]},
+            lambda reply: reply["choices"][0]["message"]["content"],
+        ),
+    ],
+)
+def test_abort_of_a_whole_reply_answers_200_with_the_partial_text(path, body, read_text):
+    engine = FakeEngine(reply="abcdef", hang_after=3)
+    with open_client(engine) as client, ThreadPoolExecutor() as pool:
+        waiting = pool.submit(client.post, path, json={**body, "rid": "job-8"})
+        while "job-8" not in engine.live_rids():
+            pass
+        client.post("/abort_request", json={"rid": "job-8"})
+        response = waiting.result()
+    assert (response.status_code, read_text(response.json())) == (200, "abc")
+    assert '"finish_reason":{"type":"abort"' in response.text or '"finish_reason":"abort"' in response.text
+
+
+@pytest.mark.parametrize(
     ("body", "field", "sentence"),
     [
         ({}, "text", "Either text or input_ids must be given."),
@@ -210,7 +246,24 @@ def test_abort_by_prefix_answers_200_with_the_partial_text():
         ({"text": "a", "sampling_params": {"top_k": 0}}, "top_k", "-1 (all) or at least 1"),
         ({"text": "a", "sampling_params": {"logit_bias": {"600": 1}}}, "logit_bias", "in [0, 512)"),
         ({"text": "a", "sampling_params": {"regex": "a*"}}, "regex", "regex is not supported"),
-        ({"text": "a", "return_logprob": True}, "return_logprob", "not supported by this version"),
+        (
+            {"text": "a", "sampling_params": {"stop_regex": "("}},
+            "stop_regex",
+            "not a valid regular expression",
+        ),
+        ({"text": "a", "sampling_params": {"stop_regex": ["a"] * 33}}, "stop_regex", "at most 32 patterns"),
+        (
+            {"text": "a", "sampling_params": {"stop_regex": "é" * 129}},
+            "stop_regex",
+            "at most 256 bytes",
+        ),
+        ({"text": "a", "sampling_params": {"stop": ["x"] * 33}}, "stop", "at most 32 strings"),
+        ({"text": "a", "priority": "URGENT"}, "priority", "an integer or one of HIGH, DEFAULT, NORMAL, LOW"),
+        (
+            {"text": "a", "return_sampling_mask": True},
+            "return_sampling_mask",
+            "not supported by this version",
+        ),
         ({"text": "a", "image_data": "http://x/y.png"}, "image_data", "reads text only"),
     ],
 )
@@ -228,6 +281,8 @@ def test_fields_that_ask_for_nothing_and_unknown_ones_are_ignored():
         "return_logprob": False,
         "logprob_start_len": -1,
         "top_logprobs_num": [0],
+        "sampling_logprobs_mode": "selected",
+        "session_id": "s",
         "lora_path": "",
         "image_data": [],
         "return_routed_experts": False,

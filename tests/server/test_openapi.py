@@ -57,6 +57,19 @@ def operations(path: dict) -> list[dict]:
         ("/v1/completions", {"prompt": "a"}),
         ("/generate", {"text": "a"}),
         ("/generate", {"text": ["a", "b"], "sampling_params": {"n": 2}}),
+        ("/v1/chat/completions", {"messages": USER, "logprobs": True, "top_logprobs": 2}),
+        ("/v1/completions", {"prompt": ["a", "b"], "logprobs": 2, "echo": True, "return_token_ids": True}),
+        ("/v1/completions", {"prompt": "a", "beam_width": 2, "return_cached_tokens_details": True}),
+        (
+            "/generate",
+            {
+                "text": "ab",
+                "return_logprob": True,
+                "logprob_start_len": 0,
+                "top_logprobs_num": 1,
+                "token_ids_logprob": [5],
+            },
+        ),
     ],
 )
 def test_replies_and_events_fit_their_schemas(client, path, body):

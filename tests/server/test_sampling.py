@@ -11,14 +11,24 @@ from hypothesis import strategies as st
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.server.decode import decode_body
-from jaxserve.server.sampling import for_choice, read_native_sampling, to_token_params
+from jaxserve.server.sampling import (
+    for_choice,
+    read_native_sampling,
+    read_preferred,
+    to_token_params,
+)
 from jaxserve.server.schemas import SamplingBody
-from jaxserve.types import SamplingParams
+from jaxserve.types import SamplingParams, ScoreParams
 
 
 def to_engine(sampling: SamplingParams, max_new_tokens: int = 10):
     return to_token_params(
-        sampling, max_new_tokens=max_new_tokens, eos_ids=(2, 3), vocab_size=100, draw=Random(0)
+        sampling,
+        max_new_tokens=max_new_tokens,
+        eos_ids=(2, 3),
+        vocab_size=100,
+        draw=Random(0),
+        num_prompt_tokens=5,
     )
 
 
@@ -92,8 +102,53 @@ def test_choices_of_one_request_differ_but_the_first_is_what_n_of_one_gives():
     assert for_choice(SamplingParams(), 2).seed is None
 
 
+def test_scores_are_of_the_output_and_of_the_rows_before_the_prompt_tokens_asked_for():
+    assert to_engine(SamplingParams()).scores is None
+    assert to_engine(SamplingParams(logprobs=3)).scores == ScoreParams(of_output=True, num_top=3)
+    asked = SamplingParams(logprobs=0, logprob_start=2, logprob_ids=(7,), are_logprobs_scaled=True)
+    assert to_engine(asked).scores == ScoreParams(
+        of_output=True, prompt_rows=(2, 3), watched_ids=(7,), is_scaled=True
+    )
+
+
+@pytest.mark.parametrize(("logprobs", "num_top"), [(None, 4), (0, 4), (9, 9)])
+def test_a_search_needs_a_candidate_a_beam_whatever_is_shown(logprobs, num_top):
+    params = to_engine(SamplingParams(beam_width=4, temperature=0, logprobs=logprobs))
+    assert (params.beam_width, params.scores) == (4, ScoreParams(of_output=True, num_top=num_top))
+    assert to_engine(SamplingParams(beam_width=0)).beam_width == 1
+
+
+def test_a_preference_fills_what_is_not_said_but_null_length_is_said():
+    preferred = {"temperature": 0.5, "max_new_tokens": 9, "seed": 3, "logit_bias": {"5": 1}}
+    sampling = read_native_sampling(SamplingBody(), preferred)
+    assert (sampling.temperature, sampling.max_new_tokens, sampling.seed) == (0.5, 9, 3)
+    assert sampling.logit_bias == {5: 1.0}
+    asked = SamplingBody(max_new_tokens=None, temperature=0.0, sampling_seed=4)
+    sampling = read_native_sampling(asked, {**preferred, "sampling_seed": 8})
+    assert (sampling.temperature, sampling.max_new_tokens, sampling.seed) == (0.0, None, 4)
+    assert read_native_sampling(SamplingBody(seed=4), {"sampling_seed": 8}).seed == 4
+    with pytest.raises(InvalidRequestError, match="preferred_sampling_params is invalid"):
+        read_preferred({"temprature": 1})
+
+
 @pytest.mark.parametrize(
-    "name", ["json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_params"]
+    ("params", "sentence"),
+    [
+        (SamplingParams(logprob_start=0), "logprob_start needs logprobs."),
+        (SamplingParams(logprobs=500), "logprobs must be between 0 and 128, got 500."),
+        (SamplingParams(logprobs=1, logprob_ids=(100,)), "logprob_ids holds the out-of-vocabulary id 100"),
+        (SamplingParams(beam_width=2), "temperature must be 0 with beam_width above 1, got 1.0."),
+        (SamplingParams(beam_width=2, temperature=0, top_k=3), "top_k cannot be combined with beam_width"),
+    ],
+)
+def test_the_library_refuses_under_its_own_names(params, sentence):
+    with pytest.raises(InvalidRequestError) as caught:
+        params.validate(100)
+    assert sentence in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "name", ["json_schema", "regex", "ebnf", "structural_tag", "custom_params", "watermark"]
 )
 def test_constraints_are_refused_never_ignored(name):
     with pytest.raises(InvalidRequestError, match=f"{name} is not supported") as caught:

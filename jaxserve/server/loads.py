@@ -1,0 +1,145 @@
+"""/v1/loads and /get_load: what load balancers ask, in SGLang's shape, from counts that are there already.
+
+There is one engine behind this server, so there is one entry, of dp_rank 0. Knows nothing of generation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sanic import Blueprint
+from sanic.request import Request
+from sanic.response import HTTPResponse
+
+from jaxserve import __version__
+from jaxserve.errors import InvalidRequestError
+from jaxserve.server.replies import json_response
+from jaxserve.server.state import AppState, state_of
+from jaxserve.types import EngineInfo, EngineStats
+
+SECTIONS = ("core", "memory", "spec", "lora", "disagg", "queues", "all")
+GIB = 2**30
+
+
+def make_blueprint() -> Blueprint:
+    blueprint = Blueprint("loads")
+    blueprint.add_route(show_loads, "/v1/loads", methods=["GET"])
+    blueprint.add_route(show_load, "/get_load", methods=["GET"])
+    return blueprint
+
+
+async def show_loads(request: Request) -> HTTPResponse:
+    """?include= sections (all), ?format= json or prometheus, ?dp_rank= a filter."""
+    state = state_of(request)
+    info = _require_info(state)
+    query = request.get_args(keep_blank_values=True)
+    sections = _read_sections(query.get("include"))
+    layout = query.get("format", "json")
+    if layout not in ("json", "prometheus"):
+        raise InvalidRequestError(f"format must be json or prometheus, got {layout!r}.", param="format")
+    loads = (
+        [_describe_load(info, state.engine.stats, sections)] if _wants_rank_0(query.get("dp_rank")) else []
+    )
+    if layout == "prometheus":
+        return HTTPResponse(_render_gauges(loads), content_type="text/plain; version=0.0.4; charset=utf-8")
+    body = {
+        "timestamp": datetime.now(UTC).isoformat(),
+        "version": __version__,
+        "accelerator": info.device_kind,
+        "num_accelerators": info.num_devices,
+        "loads": loads,
+    }
+    return json_response(body)
+
+
+async def show_load(request: Request) -> HTTPResponse:
+    """The older form of /v1/loads: a list with one entry."""
+    state = state_of(request)
+    info, stats = _require_info(state), state.engine.stats
+    num_used = _count_used(info, stats)
+    entry = {
+        "dp_rank": 0,
+        "num_reqs": stats.num_running + stats.num_queued,
+        "num_waiting_reqs": stats.num_queued,
+        "num_tokens": num_used + stats.num_waiting_tokens,
+        "num_pending_tokens": stats.num_waiting_tokens,
+        "ts_tic": time.time(),
+    }
+    return json_response([entry])
+
+
+def _require_info(state: AppState) -> EngineInfo:
+    """The engine's facts once it has told them, asleep or not."""
+    return state.engine.info or state.generator.require_ready()
+
+
+def _describe_load(info: EngineInfo, stats: EngineStats, sections: Sequence[str]) -> dict[str, Any]:
+    num_used = _count_used(info, stats)
+    hit_rate = stats.num_cached_tokens / stats.num_prompt_tokens if stats.num_prompt_tokens else 0.0
+    load: dict[str, Any] = {
+        "dp_rank": 0,
+        "timestamp": time.time(),
+        "num_running_reqs": stats.num_running,
+        "num_waiting_reqs": stats.num_queued,
+        "num_used_tokens": num_used,
+        "num_total_tokens": num_used + stats.num_waiting_tokens,
+        "max_total_num_tokens": info.max_total_tokens,
+        "token_usage": num_used / max(info.max_total_tokens, 1),
+        "gen_throughput": stats.gen_throughput,
+        "cache_hit_rate": hit_rate,
+        "utilization": stats.num_running / max(info.max_running_requests, 1),
+        "max_running_requests": info.max_running_requests,
+    }
+    if "memory" in sections:
+        load["memory"] = {
+            "weight_gb": stats.param_bytes / GIB,
+            "kv_cache_gb": stats.kv_bytes / GIB,
+            "graph_gb": 0.0,
+            "token_capacity": info.max_total_tokens,
+        }
+    if "queues" in sections:
+        load["queues"] = {
+            "waiting": stats.num_queued,
+            "grammar": 0,
+            "paused": stats.num_running + stats.num_queued if stats.is_paused else 0,
+            "retracted": stats.num_retracted,
+        }
+    return load
+
+
+def _count_used(info: EngineInfo, stats: EngineStats) -> int:
+    return max(info.num_pages - stats.num_free_pages, 0) * info.page_size
+
+
+def _read_sections(include: str | None) -> Sequence[str]:
+    sections = ["all"] if include is None else [word.strip() for word in include.split(",")]
+    for section in sections:
+        if section not in SECTIONS:
+            raise InvalidRequestError(
+                f"include must be some of {', '.join(SECTIONS)}, separated by commas; got {section!r}.",
+                param="include",
+            )
+    return SECTIONS if "all" in sections else sections
+
+
+def _wants_rank_0(given: str | None) -> bool:
+    if given is None:
+        return True
+    if not given.isdecimal() or len(given) > 9:
+        raise InvalidRequestError(f"dp_rank must be a whole number, got {given!r}.", param="dp_rank")
+    return int(given) == 0
+
+
+def _render_gauges(loads: list[dict[str, Any]]) -> str:
+    lines = []
+    for load in loads:
+        flat = {key: value for key, value in load.items() if isinstance(value, int | float)}
+        for section in ("memory", "queues"):
+            flat |= {f"{section}_{key}": value for key, value in load.get(section, {}).items()}
+        rank = flat.pop("dp_rank")
+        for key, value in flat.items():
+            lines += [f"# TYPE sglang_{key} gauge", f'sglang_{key}{{dp_rank="{rank}"}} {value}']
+    return "\n".join(lines) + "\n"
