@@ -16,6 +16,13 @@ import requests
 from jaxserve.utils import find_free_port
 
 READY_TIMEOUT_S = 300
+CHUNK_TOKENS = 64  # of the server that tests share
+
+# The tiny model in float32: a prompt of 4,000 tokens takes 63 steps, and 40 requests run at once.
+SHARED_FLAGS = (
+    *("--config", "tiny.yaml", "--context-length", "4096", "--max-total-tokens", "16k"),
+    *("--chunked-prefill-size", str(CHUNK_TOKENS), "--max-running-requests", "40", "--log-level", "warning"),
+)
 
 
 class Served:

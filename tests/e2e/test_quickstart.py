@@ -296,6 +296,18 @@ def test_generate_and_its_stream(run, notebook):
     assert notebook["data"]["output_ids"] == response["output_ids"]
 
 
+def test_xllms_sample_expects_what_generate_writes(notebook):
+    """The literal of xLLM's page is several tokens here; where it stands, the model expects the next word."""
+    url = f"http://localhost:{notebook['port']}"
+    prompt = "The capital of France is<emb_0>"
+    body = {"model": "default", "prompt": prompt, "selector": {"type": "literal", "value": "<emb_0>"}}
+    reply = requests.post(f"{url}/v1/sample", json=body, timeout=300).json()
+    (choice,) = reply["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (" Paris", "selector_match")
+    assert choice["logprobs"]["token_ids"][0] == PRINTED_GENERATE["output_ids"][0]
+    assert choice["logprobs"]["token_logprobs"] == sorted(choice["logprobs"]["token_logprobs"], reverse=True)
+
+
 def test_terminate(run, notebook):
     run(TERMINATE)
     assert notebook["server_process"].poll() is not None
