@@ -28,7 +28,7 @@ from jaxserve.engine.operations import MemoryRunner, Operations
 from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler import schedule as scheduler
 from jaxserve.scheduler.plan import StepLimits, StepPlan, StepResult
-from jaxserve.scheduler.state import SchedulerState, has_work, num_running, num_waiting
+from jaxserve.scheduler.state import SchedulerState, has_work, num_waiting
 from jaxserve.types import FinishReason, TokenDelta
 
 HEARTBEAT_S = 0.5  # the engine says at least this often that it lives, so that /health can be honest
@@ -192,8 +192,9 @@ class EngineLoop:
 
     def _num_queued(self) -> int:
         """Requests that wait although every row is taken; the others get theirs in the next step."""
-        num_free_rows = self._runner.limits().max_rows - num_running(self.scheduler_state)
-        return num_waiting(self.scheduler_state) - num_free_rows
+        state = self.scheduler_state
+        num_taken_rows = state.max_rows - len(state.free_slots)  # a beam search takes several
+        return num_waiting(state) - (self._runner.limits().max_rows - num_taken_rows)
 
 
 def _refuse(message: Submit, reason: str, http_status: int) -> TokenDelta:

@@ -139,14 +139,14 @@ async def show_docs(request: Request) -> HTTPResponse:
 
 @cache
 def describe_api() -> dict[str, Any]:
-    """The OpenAPI 3.1 document."""
+    """The OpenAPI 3.2 document: the first version that can describe streams of events."""
     types: list[type] = [ErrorBody]
     for route in ROUTES:
         types += [item for item in (route.body, route.reply, route.event) if isinstance(item, type)]
     types = list(dict.fromkeys(types))
     _, components = msgspec.json.schema_components(types, ref_template=_REF)
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.2.0",
         "info": {
             "title": "jaxserve",
             "version": "1",
@@ -199,8 +199,20 @@ def _describe_reply(route: RouteDoc) -> dict[str, Any]:
             schema = {"anyOf": [schema, {"type": "array", "items": schema}]}
         content = {"application/json": {"schema": schema}}
     if route.event is not None:
-        content["text/event-stream"] = {"itemSchema": _reference(route.event)}
+        content["text/event-stream"] = {"itemSchema": _describe_event(route.event)}
     return {"description": "Success", "content": content}
+
+
+def _describe_event(event: type) -> dict[str, Any]:
+    """One server-sent event: JSON in its data, an error in the worst case, and [DONE] at the end."""
+    failure = {"type": "object", "required": ["error"], "properties": {"error": _reference(ErrorBody)}}
+    content = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"anyOf": [_reference(event), failure]},
+    }
+    data = {"anyOf": [{"const": "[DONE]"}, content]}
+    return {"type": "object", "required": ["data"], "properties": {"data": data}}
 
 
 def _describe_errors() -> dict[str, Any]:

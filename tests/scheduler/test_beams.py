@@ -290,7 +290,7 @@ def test_searches_in_a_crowd_find_what_they_find_alone():
         for request in simulation.requests:
             if request.params.beam_width > 1:
                 last = simulation.deltas[request.rid][-1]
-                seen["aborted"] += last.finish.kind == "abort"
+                seen["aborted"] += last.finish is not None and last.finish.kind == "abort"
                 seen["retracted"] += last.num_retractions > 0
     assert len(seen) == 4
     assert min(seen.values()) > 10, seen
