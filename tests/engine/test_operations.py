@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def run(test):
 
 
 def live_bytes() -> int:
-    """Of all arrays in this process."""
+    """Of all arrays in this process; those of earlier tests' engines are gone."""
+    gc.collect()
     return sum(array.nbytes for array in jax.live_arrays() if not array.is_deleted())
 
 
