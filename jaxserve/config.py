@@ -93,12 +93,14 @@ class ServerConfig:
     )
     admin_api_key: str | None = _flag(
         "Server",
-        "key of the operators' routes (sleep, pause, weights, cache) [the API key]",
+        "key of the orders to the server: sleep, pause, other weights, /flush_cache, abort_all [the API key]",
         default=None,
         is_secret=True,
     )
     allowed_origins: str = _flag(
-        "Server", "origins whose web pages may call, separated by commas; * is any, none is none", default="*"
+        "Server",
+        "origins whose web pages may call, separated by commas; * is any (for no orders), none is none",
+        default="*",
     )
     strict_model_name: bool = _flag("Server", "refuse requests that name another model", default=False)
     incremental_streaming_output: bool = _flag(

@@ -3,6 +3,7 @@
     JaxserveError                 a sentence for a person, and the field it is about
     |- InvalidRequestError        400  the request asks for something impossible
     |- UnauthorizedError          401  API key missing or wrong
+    |- ForbiddenError             403  a web page of another origin gives an operator's order
     |- ModelNotFoundError         404  no such model (or route)
     |- RequestTooLargeError       413  body larger than the server reads
     |- OverloadedError            429  queue or concurrency limit reached; carries Retry-After
@@ -35,6 +36,10 @@ class InvalidRequestError(JaxserveError):
 
 
 class UnauthorizedError(JaxserveError):
+    pass
+
+
+class ForbiddenError(JaxserveError):
     pass
 
 
@@ -86,6 +91,7 @@ class ErrorKind:
 ERROR_KINDS: dict[type[JaxserveError], ErrorKind] = {
     InvalidRequestError: ErrorKind(400, "BadRequestError", "INVALID_ARGUMENT"),
     UnauthorizedError: ErrorKind(401, "AuthenticationError", "UNAUTHENTICATED"),
+    ForbiddenError: ErrorKind(403, "PermissionDeniedError", "PERMISSION_DENIED"),
     ModelNotFoundError: ErrorKind(404, "NotFoundError", "UNKNOWN"),
     RequestTooLargeError: ErrorKind(413, "RequestTooLargeError", "INVALID_ARGUMENT"),
     OverloadedError: ErrorKind(429, "RateLimitError", "RESOURCE_EXHAUSTED"),

@@ -36,7 +36,7 @@ from jaxserve.server.logprobs import NativeLogprobs
 from jaxserve.server.pieces import Piece, join_pieces
 from jaxserve.server.replies import render_finish
 from jaxserve.server.sample import MAX_TOKENS_SHOWN, answer, make_question
-from jaxserve.server.sampling import count_choices
+from jaxserve.server.sampling import count_choices, read_default_sampling
 from jaxserve.server.settings import TextTools
 from jaxserve.text.chat_template import load_chat_template
 from jaxserve.types import SamplingParams
@@ -79,10 +79,9 @@ class LLM:
         )
         self._settings = server_settings
         self._generator = Generator(self._client, text, server_settings, metrics)
-        recommended = dataclasses.asdict(server_settings.sampling_defaults)
-        self._chat_sampling = SamplingParams(
-            **{name: value for name, value in recommended.items() if value is not None}
-        )
+        preferred = server_settings.preferred_sampling_params
+        self._sampling = read_default_sampling(preferred)
+        self._chat_sampling = read_default_sampling(preferred, server_settings.sampling_defaults)
         self._client.connect(self._link.put)
         self._client.handle(Ready(self.info))
         self._is_closed = False
@@ -111,7 +110,8 @@ class LLM:
     ) -> Any:
         """Continue one prompt (a dict) or several (a list of dicts): text, output_ids, meta_info.
 
-        A prompt is text or a list of token ids; with n or beam_width above 1 it gets a list of dicts.
+        A prompt is text or a list of token ids; with n or beam_width above 1 it gets a list of dicts. Without
+        `sampling_params`, as the setting preferred_sampling_params says.
         Logprobs that `sampling_params` asks for are in meta_info, as in the answers of /generate, with each
         token's text. Raises InvalidRequestError as the server would.
         """
@@ -130,7 +130,7 @@ class LLM:
     ) -> Any:
         """The reply to one conversation (a dict) or several (a list): like `generate`, by chat template.
 
-        Without `sampling_params`, as the model recommends.
+        Without `sampling_params`, as preferred_sampling_params says, and then the model.
         """
         is_single = bool(messages) and isinstance(messages[0], dict)
         several: Any = [messages] if is_single else messages
@@ -145,11 +145,12 @@ class LLM:
 
         One text at a time: n must be 1, and beam_width too.
         """
+        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
+        sampling_params = sampling_params or (self._chat_sampling if is_chat else self._sampling)
         for name in ("n", "beam_width"):
-            number = getattr(sampling_params, name, 1)
+            number = getattr(sampling_params, name)
             if number > 1:
                 raise InvalidRequestError(f"{name} must be 1 for a stream, got {number}.", param=name)
-        is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
         make: Any = self._make_chat_job if is_chat else self._make_job
         arrived: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
 
@@ -238,7 +239,7 @@ class LLM:
             rid=new_rid(),
             prompt=prompt,
             prompt_field="prompts",
-            sampling=sampling_params or SamplingParams(),
+            sampling=sampling_params or self._sampling,
         )
 
     def _make_chat_job(self, messages: list[Message], sampling_params: SamplingParams | None) -> Job:

@@ -14,6 +14,9 @@ import msgspec
 
 from jaxserve.errors import InvalidRequestError
 
+MAX_LISTED_IDS = 1024  # in logit_bias and stop_token_ids; OpenAI's API takes 300
+MAX_STOP_CHARS = 1024
+MAX_STOP_CHARS_IN_ALL = 8192
 GREEDY_BELOW_TEMPERATURE = 1e-6  # SGLang's threshold: anything cooler is argmax
 
 
@@ -78,6 +81,15 @@ class SamplingParams:
                 self.min_new_tokens <= self.max_new_tokens, "min_new_tokens", self.min_new_tokens, most
             )
         check.require(len(self.stop) <= 32, "stop", f"{len(self.stop)} strings", "at most 32 strings")
+        sizes = [len(stop) for stop in self.stop]
+        longest, total = max(sizes, default=0), sum(sizes)
+        allowed = f"strings of at most {MAX_STOP_CHARS} characters each"
+        check.require(longest <= MAX_STOP_CHARS, "stop", f"one of {longest}", allowed)
+        allowed = f"at most {MAX_STOP_CHARS_IN_ALL} characters in all"
+        check.require(total <= MAX_STOP_CHARS_IN_ALL, "stop", total, allowed)
+        for name in ("logit_bias", "stop_token_ids"):
+            number = len(getattr(self, name))
+            check.require(number <= MAX_LISTED_IDS, name, f"{number} ids", f"at most {MAX_LISTED_IDS} ids")
         for token_id, bias in self.logit_bias.items():
             check.require(math.isfinite(bias), f"logit_bias[{token_id}]", bias, "finite")
         if vocab_size is not None:
@@ -166,6 +178,7 @@ class ScoreParams:
     positions of the prompt: the scores of row p are those of the token at p + 1, seen from 0..p, so the
     last position of a prompt is no row (what follows it is output). Each position wanted gets its token's
     log-probability, `num_top` alternatives (best first, lowest id on ties) and those of `watched_ids`.
+    A beam search looks at more alternatives than its results need to tell: they tell `num_told` (None: all).
     """
 
     of_output: bool = False
@@ -173,6 +186,7 @@ class ScoreParams:
     num_top: int = 0
     watched_ids: tuple[int, ...] = ()
     is_scaled: bool = False
+    num_told: int | None = None
 
 
 class TokenScores(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -250,7 +264,7 @@ class BeamResult(msgspec.Struct, frozen=True, kw_only=True):
     finish: FinishReason
 
 
-class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one request, as the engine tells them: at most one delta a request and step.
 
     `token_ids` includes the stop token that ended the request. The counts are totals so far. A struct

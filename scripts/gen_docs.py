@@ -26,8 +26,8 @@ from jaxserve.cuda_flags import IGNORED_FLAGS
 from jaxserve.errors import ERROR_KINDS, InvalidRequestError
 from jaxserve.flags import shipped_configs
 from jaxserve.metrics import ServerMetrics
+from jaxserve.server.access import OPEN_PATHS
 from jaxserve.server.errors import error_body
-from jaxserve.server.middleware import OPEN_PATHS
 from jaxserve.server.openapi import ROUTES, describe_api
 from jaxserve.server.replies import (
     ChatChoice,
@@ -163,6 +163,11 @@ def render_ignored_flags() -> str:
 def render_routes() -> str:
     rows = [(route.tag, ", ".join(route.methods), code(route.path), route.summary) for route in ROUTES]
     return render_table(("", "Method", "Path", "What it does"), rows)
+
+
+def render_operator_paths() -> str:
+    paths = code_list(route.path for route in ROUTES if route.is_for_operators)
+    return f"The orders are {paths}, and `/abort_request` with `abort_all`."
 
 
 def render_fields() -> str:
@@ -334,6 +339,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ignored-flags": render_ignored_flags,
     "routes": render_routes,
     "open-paths": lambda: f"No key is asked for on paths that begin with {code_list(OPEN_PATHS)}.",
+    "operator-paths": render_operator_paths,
     "fields": render_fields,
     "sample-fields": render_sample_fields,
     "refused-fields": render_refusals,

@@ -38,10 +38,17 @@ from jaxserve.types import WEIGHTS, EngineInfo, EngineStats, FinishReason, Token
 
 BUSY_POLL_S = 0.05
 FLUSH_ANSWER_S = 1.0  # an engine that is alive answers between two steps
+ABORT_GRACE_S = 5.0  # for the steps in flight, when what is open was ended
 
 ASLEEP = "Model is currently in sleep state."  # xLLM's words, which its clients look for
 FALLING_ASLEEP = "The model is going to sleep and takes no new requests."
 WAKING = "The model is waking up."
+PAUSED_WHILE_DRAINING = "The server is shutting down while generation is paused."
+# What an order is answered that comes while an earlier one is carried out.
+ALREADY = {
+    FALLING_ASLEEP: "The model is already going to sleep; ask again when it sleeps.",
+    WAKING: "The model is already waking up; ask again when it is awake.",
+}
 
 logger = logging.getLogger("jaxserve.engine")
 
@@ -87,7 +94,7 @@ class EngineClient:
         """Take no more requests; those open go on, unless generation is paused: then they would never end."""
         self._set_status("draining", "The server is shutting down and takes no more requests.")
         if self.stats.is_paused:
-            self.end_all("The server is shutting down while generation is paused.", 503)
+            self.end_all(PAUSED_WHILE_DRAINING, 503)
 
     def lose(self, reason: str) -> None:
         """The engine is gone: every open request fails with the reason."""
@@ -105,8 +112,10 @@ class EngineClient:
         """A message from the engine, in order."""
         self._last_heard_s = time.monotonic()
         if isinstance(message, StepOutput):
-            self.stats = message.stats
+            was_paused, self.stats = self.stats.is_paused, message.stats
             self._settle()
+            if self.status == "draining" and self.stats.is_paused and not was_paused:
+                self.end_all(PAUSED_WHILE_DRAINING, 503)
             for delta in message.deltas:
                 waiting = self._open.get(delta.rid)
                 if waiting is not None:  # else its listener has left; the abort is on its way
@@ -215,9 +224,10 @@ class EngineClient:
         """
         self._require_awake_engine()
         release = ReleaseMemory(tuple(tags), keeps_weights)
+        wait_s = 0.0 if mode == "refuse" else timeout_s
         if mode == "abort":
             self.end_all("The model was put to sleep.", 503)
-        wait_s = 0.0 if mode == "refuse" else timeout_s
+            wait_s = max(wait_s, ABORT_GRACE_S)
         await asyncio.shield(self._begin_change(FALLING_ASLEEP, self._fall_asleep(release, wait_s)))
 
     async def resume_memory(self, tags: Collection[str]) -> None:
@@ -257,7 +267,7 @@ class EngineClient:
     def _require_awake_engine(self) -> None:
         """Whether the engine can change its sleep now: it is there, and not about to."""
         if self._change is not None or self.status not in ("ready", "asleep"):
-            raise UnavailableError(self.status_message)
+            raise UnavailableError(ALREADY.get(self.status_message, self.status_message))
 
     async def _require(self, operation: Any) -> Answer:
         """Have an operation done; UnavailableError with the reason if it was not."""

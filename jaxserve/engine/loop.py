@@ -13,6 +13,8 @@ from collections import deque
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import msgspec
+
 from jaxserve.engine.messages import (
     Abort,
     Answer,
@@ -33,6 +35,8 @@ from jaxserve.types import FinishReason, TokenDelta
 
 HEARTBEAT_S = 0.5  # the engine says at least this often that it lives, so that /health can be honest
 STEPS_IN_FLIGHT = 2  # launched and not yet read, at most
+# The log of the engine tells why.
+NO_PROGRAM = "A search with beam_width {} cannot be served: a program that it needs could not be compiled."
 POLL_S = 0.01  # how soon the end of an operation, or a program that is ready, is noticed when idle
 
 logger = logging.getLogger("jaxserve.engine")
@@ -83,6 +87,7 @@ class EngineLoop:
         self._max_queued_requests = max_queued_requests
         self._in_flight: deque[Launched] = deque()
         self._is_stopping = False
+        self._has_all_programs = False  # all that there will be
         self._last_report_s = time.perf_counter()
         self.meter = Meter()
         self.operations = Operations(memory, state, lambda: len(self._in_flight), self._tell_answer)
@@ -92,7 +97,7 @@ class EngineLoop:
         has_moved = True
         while not self._is_stopping:
             messages = self._link.receive(self._patience_s(has_moved))
-            deltas = self._take(messages)
+            deltas = self._take(messages) + self._settle_programs()
             self.operations.advance()
             has_moved = self.run_step(deltas)
         self.operations.close()
@@ -172,6 +177,9 @@ class EngineLoop:
         if limit is not None and self._num_queued() >= limit:
             reason = f"The request queue is full ({limit} requests wait). Try again later."
             return [_refuse(message, reason, 429)]
+        beam_width = message.params.beam_width
+        if self._has_all_programs and not self._runner.limits().can_run(beam_width):
+            return [_refuse(message, NO_PROGRAM.format(beam_width), 503)]
         num_tokens = len(message.prompt_ids) + message.params.max_new_tokens
         if num_tokens > self._context_length:  # more than a block table holds
             reason = f"{num_tokens} tokens exceed the context length of {self._context_length}."
@@ -189,6 +197,24 @@ class EngineLoop:
             return [_refuse(message, error.message, 400)]
         self.meter.enqueue(message.rid)
         return []
+
+    def _settle_programs(self) -> list[TokenDelta]:
+        """When the last program is ready: end the searches that have waited for one that never came."""
+        if self._has_all_programs:
+            return []
+        limits = self._runner.limits()
+        if not limits.is_final:
+            return []
+        self._has_all_programs = True
+        deltas = []
+        for seq in list(self.scheduler_state.waiting):
+            if not limits.can_run(seq.params.beam_width):
+                delta = scheduler.abort(self.scheduler_state, seq.rid)
+                assert delta is not None
+                reason = NO_PROGRAM.format(seq.params.beam_width)
+                finish = FinishReason(kind="abort", message=reason, http_status=503)
+                deltas.append(msgspec.structs.replace(delta, finish=finish))
+        return deltas
 
     def _num_queued(self) -> int:
         """Requests that wait although every row is taken; the others get theirs in the next step."""

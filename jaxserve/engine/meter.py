@@ -67,7 +67,9 @@ class Meter:
         now_s = time.perf_counter()
         self.step_busy_s += now_s - self._busy_since_s
         self._busy_since_s = self._last_done_s = now_s
-        self._window_tokens += sum(len(delta.token_ids) for delta in deltas)
+        self._window_tokens += sum(
+            len(found.token_ids) for delta in deltas for found in (delta, *delta.beams)
+        )
         window_s = now_s - self._window_start_s
         if window_s >= THROUGHPUT_WINDOW_S:
             self.gen_throughput = self._window_tokens / window_s

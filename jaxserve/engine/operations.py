@@ -150,8 +150,10 @@ class Operations:
         yield
 
     def _pause(self, mode: str) -> Progress[tuple[str, int]]:
-        self._num_pauses += 1
         num_requests = num_running(self._state)
+        if mode == "wait" and self.is_paused:  # what runs stands still: waiting for its end would be for ever
+            return "Generation is paused already.", num_requests
+        self._num_pauses += 1
         if mode == "abort":
             rids = list(self._state.by_rid)
             ended = [scheduler.abort(self._state, rid) for rid in rids]

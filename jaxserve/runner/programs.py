@@ -86,6 +86,7 @@ class Programs:
         self.ladder = ladder
         self.ready: Mapping[Shape, Any] = {}  # replaced, never changed
         self.write_forks: Callable | None = None  # None until it is compiled
+        self.is_over = False  # whether compiling has come to its end, with or without success
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -131,6 +132,12 @@ class Programs:
         on_done."""
 
         def work() -> None:
+            try:
+                compile_all()
+            finally:
+                self.is_over = True
+
+        def compile_all() -> None:
             todo = {"forks": self.compile_forks} if self.write_forks is None else {}
             shapes = [shape for shape in self.ladder.shapes if shape not in self.ready]
             todo |= {f"the step of {shape}": partial(self.compile_one, shape) for shape in shapes}

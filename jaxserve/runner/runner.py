@@ -99,6 +99,7 @@ class ModelRunner:
 
     def limits(self) -> StepLimits:
         """What a step may hold, given the programs that are ready now."""
+        is_final = self.programs.is_over  # read before what it is about
         ready = self.programs.ready
         token_buckets = sorted(
             {shape.num_tokens for shape in ready if shape.num_tokens and not shape.num_rows}
@@ -110,6 +111,7 @@ class ModelRunner:
             max_chunks=min(shape.num_chunks for shape in ready if shape.num_tokens),
             max_chunk_tokens=token_buckets[-1],
             token_buckets=tuple(token_buckets),
+            is_final=is_final,
             can_fork=self.programs.write_forks is not None,
         )
 

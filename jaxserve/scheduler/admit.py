@@ -105,8 +105,9 @@ def _gather_admissions(state: SchedulerState, limits: StepLimits, budget: int, o
             return
         if seq.epoch == 0 and not limits.admits_new:
             return
-        is_early = seq.is_search and not (limits.can_fork and seq.params.beam_width <= max_rows)
-        if is_early or (seq.leader is not None and seq.leader.is_pending):
+        if not limits.can_run(seq.params.beam_width):
+            continue
+        if seq.leader is not None and seq.leader.is_pending:
             num_held += 1
             continue
         node = state.cache.match(seq.token_ids, seq.cache_salt, seq.num_cacheable_tokens)

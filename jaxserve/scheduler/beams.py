@@ -216,7 +216,11 @@ def _list_offers(rank: int, beam: Beam, row: TokenScores | None, width: int) -> 
 def _take_offer(params: TokenParams, parent: Beam, row: TokenScores | None, offer: Candidate) -> Beam:
     if row is None:
         return parent
-    scores = TokenScores(row.top_logprobs[offer.place], row.top_ids, row.top_logprobs, row.watched_logprobs)
+    assert params.scores is not None  # fit_search
+    told = slice(params.scores.num_told)
+    scores = TokenScores(
+        row.top_logprobs[offer.place], row.top_ids[told], row.top_logprobs[told], row.watched_logprobs
+    )
     newest = Link(offer.token_id, scores, parent.newest, parent.length + 1)
     finish = None
     if offer.token_id in params.stop_ids:

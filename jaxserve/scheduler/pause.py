@@ -25,16 +25,15 @@ def has_begun(state: SchedulerState) -> bool:
 
 def salted(cache_salt: str, era: int) -> str:
     """The salt under which a request of an era (a count of `forget_cache`) finds cached pages."""
-    return f"{era}|{cache_salt}" if era else cache_salt
+    return f"{era}|{cache_salt}"
 
 
 def forget_cache(state: SchedulerState, era: int) -> None:
     """From now on nobody finds a page that was cached before, though requests run or wait.
 
     `era` is one more than the last time. Pages in use stay with those who use them, under the old salt, and
-    go when they are not used. Requests that are added later must be given `salted(..., era)`.
+    go when they are not used. Every request must be added under `salted(..., era)`, 0 at first.
     """
     state.cache.clear()
     for seq in state.waiting:
-        own_salt = seq.cache_salt.partition("|")[2] if era > 1 else seq.cache_salt
-        seq.cache_salt = salted(own_salt, era)
+        seq.cache_salt = salted(seq.cache_salt.partition("|")[2], era)

@@ -102,8 +102,13 @@ class StepLimits:
     max_chunks: int  # prefill chunks in one step
     max_chunk_tokens: int  # prefill tokens in one step
     token_buckets: tuple[int, ...]  # ascending sizes of the prefill token axis
+    is_final: bool = False  # whether no more programs will become ready
     can_fork: bool = True  # whether tables can be written and pages copied: beams wait for it
     admits_new: bool = True  # False: only what has run before may enter, so that all of that ends
+
+    def can_run(self, num_rows: int) -> bool:
+        """Whether the programs allow a request of so many rows: the beams of a search, or one."""
+        return num_rows == 1 or (self.can_fork and num_rows <= self.max_rows)
 
 
 class StepResult(msgspec.Struct, frozen=True):

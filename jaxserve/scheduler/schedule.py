@@ -218,7 +218,8 @@ def _plan_decode_rows(state: SchedulerState) -> tuple[dict[int, DecodeRow], dict
         position = seq.num_planned
         index = position // page_size
         num_missing = beams.count_step_pages(state, seq) if seq.beams else index - len(seq.page_ids) + 1
-        while state.cache.num_available < num_missing and seq.status is SeqStatus.RUNNING:
+        # Most rows miss no page: they must not pay for looking.
+        while num_missing and state.cache.num_available < num_missing and seq.status is SeqStatus.RUNNING:
             victim = _choose_victim(state)
             # Its rows must not run in the step that gives its pages to others.
             if rows.pop(victim.seq_id, None) or searches.pop(victim.seq_id, None):
@@ -317,7 +318,7 @@ def _advance_search(
 def _fail(state: SchedulerState, seq: Seq) -> TokenDelta:
     """End a sequence whose logits are not numbers; its neighbours' rows are their own."""
     num_output_tokens = seq.num_output_tokens + seq.search_depth
-    seq.num_planned = 0  # its pages hold no numbers either: keep none of them for others
+    seq.num_planned = 0  # its pages hold no numbers either: cache no more of them than is cached already
     _release(state, seq)
     seq.status = SeqStatus.FINISHED
     del state.by_rid[seq.rid]

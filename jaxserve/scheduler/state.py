@@ -228,7 +228,7 @@ def make_delta(
     beams: list[BeamResult] | None = None,
 ) -> TokenDelta:
     """New tokens of one request (already part of `seq`) and scores, with its counts so far; or all beams."""
-    num_beam_tokens = sum(len(beam.token_ids) for beam in beams or ())
+    num_beam_tokens = sum(len(beam.token_ids) for beam in beams) if beams else 0
     return TokenDelta(
         rid=seq.rid,
         token_ids=token_ids,

@@ -15,6 +15,7 @@ from sanic.request import Request
 from sanic.response import HTTPResponse
 
 from jaxserve.errors import InternalError, InvalidRequestError, UnavailableError
+from jaxserve.server.access import check_operator
 from jaxserve.server.decode import decode_body
 from jaxserve.server.generation import new_rid
 from jaxserve.server.replies import HealthReply, json_response
@@ -34,7 +35,7 @@ def make_blueprint() -> Blueprint:
     blueprint.add_route(check_health_by_generating, "/health_generate", methods=["GET"])
     blueprint.add_route(show_metrics, "/metrics", methods=["GET"])
     blueprint.add_route(flush_cache, "/flush_cache", methods=["GET", "POST"], ctx_is_for_operators=True)
-    blueprint.add_route(abort_request, "/abort_request", methods=["POST"], ctx_is_for_operators=True)
+    blueprint.add_route(abort_request, "/abort_request", methods=["POST"])
     return blueprint
 
 
@@ -73,17 +74,26 @@ def _require_health(state: AppState) -> None:
 
 
 async def check_health_by_generating(request: Request) -> HTTPResponse:
-    """200 once the engine has made one token, within the time limit."""
+    """200 once the engine has made one token, within the time limit. All who ask meanwhile wait for the same
+    token: this path needs no key, and must not keep the engine busy."""
     state = state_of(request)
     _require_health(state)
     _require_readiness(state)
+    probe = state.token_probe
+    if probe.task is None or probe.task.done():
+        probe.task = asyncio.create_task(_generate_in_time(state))
+        probe.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # all may have left
+    await asyncio.shield(probe.task)
+    return _describe_health(state)
+
+
+async def _generate_in_time(state: AppState) -> None:
     limit_s = state.settings.health_generate_timeout_s
     try:
         async with asyncio.timeout(limit_s):
             await _generate_one_token(state)
     except TimeoutError:
         raise UnavailableError(f"The engine made no token within {limit_s:g} s.") from None
-    return _describe_health(state)
 
 
 async def _generate_one_token(state: AppState) -> None:
@@ -128,9 +138,11 @@ def _read_timeout_s(request: Request) -> float:
 
 
 async def abort_request(request: Request) -> HTTPResponse:
-    """End the live requests whose id begins with `rid`, or all; an empty rid alone ends none."""
+    """End the live requests whose id begins with `rid`; an empty rid ends none. All: an operator's order."""
     engine = state_of(request).engine
     body = decode_body(request.body, AbortBody)
+    if body.abort_all:
+        check_operator(request)
     for rid in list(engine.live_rids()):
         if body.abort_all or (body.rid and rid.startswith(body.rid)):
             engine.abort(rid)

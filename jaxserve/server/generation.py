@@ -21,10 +21,11 @@ from jaxserve.errors import InvalidRequestError, OverloadedError, UnavailableErr
 from jaxserve.metrics import ServerMetrics
 from jaxserve.server.engine_port import EnginePort
 from jaxserve.server.pieces import Piece, Sequence, join_pieces, merge_streams, read_sequence
-from jaxserve.server.sampling import count_choices, for_choice, to_token_params
+from jaxserve.server.sampling import count_choices, fit_to_prompt, for_choice, read_seed, to_token_params
 from jaxserve.server.settings import ServerSettings, TextTools
-from jaxserve.text.stop_regex import check_stop_regex
-from jaxserve.types import EngineInfo, SamplingParams, ScoreParams
+from jaxserve.text.stop_regex import SearchAllowance, check_stop_regex
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import EngineInfo, SamplingParams, ScoreParams, TokenParams
 
 _INLINE_CHARS = 4096  # texts up to this are tokenised on the event loop: a millisecond or less
 _MAX_RID_CHARS = 256
@@ -121,6 +122,7 @@ class Generator:
         seed = settings.random_seed
         self._random = random.SystemRandom() if seed is None else random.Random(seed)
         self._num_open = 0
+        self._num_searching = 0  # of those, the ones with stop_regex
         self._open_rids: set[str] = set()
 
     @property
@@ -147,10 +149,13 @@ class Generator:
         started_s = time.perf_counter()
         info = self.require_ready()
         _check_jobs(jobs, info, self._settings)
+        for job in jobs:
+            if isinstance(job.prompt, str):
+                check_text_fits(self._tokenizer, job.prompt, job.prompt_field, info)
         rids = [rid for job in jobs for rid in _name_choices(job)]
-        with self._admit(rids):
+        with self._admit(rids), self._share_searching(jobs) as allowance:
             prompts = await self._tokenise(jobs)
-            sequences = self._plan(jobs, prompts, info)
+            sequences = self._plan(jobs, prompts, info, allowance)
             streams = [
                 read_sequence(self._engine, self._tokenizer, sequence, self._metrics, started_s)
                 for sequence in sequences
@@ -182,6 +187,16 @@ class Generator:
             self._num_open -= 1
             self._open_rids -= names
 
+    @contextmanager
+    def _share_searching(self, jobs: list[Job]) -> Iterator[SearchAllowance]:
+        """The time for stop_regex searches of one call; all calls that search have a part of one share."""
+        is_searching = any(job.sampling.stop_regex for job in jobs)
+        self._num_searching += is_searching
+        try:
+            yield SearchAllowance(lambda: self._num_searching)
+        finally:
+            self._num_searching -= is_searching
+
     async def _tokenise(self, jobs: list[Job]) -> list[list[int]]:
         """Token ids of each job's prompt; long texts are encoded on a thread."""
         texts = [job.prompt for job in jobs if isinstance(job.prompt, str)]
@@ -196,36 +211,39 @@ class Generator:
         remaining = iter(encoded)
         return [next(remaining) if isinstance(job.prompt, str) else job.prompt for job in jobs]
 
-    def _plan(self, jobs: list[Job], prompts: list[list[int]], info: EngineInfo) -> list[Sequence]:
+    def _plan(
+        self, jobs: list[Job], prompts: list[list[int]], info: EngineInfo, allowance: SearchAllowance
+    ) -> list[Sequence]:
         eos_ids = tuple(self._tokenizer.eos_ids)
+        shared: dict[int, TokenParams] = {}  # by the id of the parameters that they are made of
         sequences: list[Sequence] = []
         num_choices = 0
         for job, prompt_ids in zip(jobs, prompts, strict=True):
             max_new_tokens = _fit_length(job, prompt_ids, info, self._settings.max_prompt_tokens)
             _check_logprob_start(job, len(prompt_ids))
+            params = shared.get(id(job.sampling))
+            if params is None:
+                params = to_token_params(job.sampling, eos_ids=eos_ids, vocab_size=info.vocab_size)
+                shared[id(job.sampling)] = params
+            params = fit_to_prompt(
+                params, job.sampling, max_new_tokens=max_new_tokens, num_prompt_tokens=len(prompt_ids)
+            )
+            if job.scores is not None:
+                params = replace(params, scores=job.scores)
             for choice, rid in enumerate(_name_choices(job)):
                 sampling = for_choice(job.sampling, choice)
-                params = to_token_params(
-                    sampling,
-                    max_new_tokens=max_new_tokens,
-                    eos_ids=eos_ids,
-                    vocab_size=info.vocab_size,
-                    draw=self._random,
-                    num_prompt_tokens=len(prompt_ids),
-                )
-                if job.scores is not None:
-                    params = replace(params, scores=job.scores)
                 sequences.append(
                     Sequence(
                         index=num_choices,
                         num_choices=max(sampling.beam_width, 1),
                         rid=rid,
                         prompt_ids=prompt_ids,
-                        params=params,
+                        params=replace(params, seed=read_seed(sampling, self._random)),
                         sampling=sampling,
                         priority=job.priority,
                         cache_salt=job.cache_salt,
                         stream_interval=job.stream_interval or self._settings.stream_interval,
+                        allowance=allowance,
                     )
                 )
                 num_choices += sequences[-1].num_choices
@@ -256,7 +274,11 @@ def _check_jobs(jobs: list[Job], info: EngineInfo, settings: ServerSettings) -> 
             raise InvalidRequestError(
                 f"stream_interval must be at least 1, got {job.stream_interval}.", param="stream_interval"
             )
-    num_sequences = sum(count_choices(job.sampling) for job in jobs)
+    check_num_sequences(sum(count_choices(job.sampling) for job in jobs), settings)
+
+
+def check_num_sequences(num_sequences: int, settings: ServerSettings) -> None:
+    """The routes ask this of the number of prompts alone, before they make a job of each."""
     if num_sequences > settings.max_sequences:
         raise InvalidRequestError(
             f"One request may ask for at most {settings.max_sequences} sequences (prompts x n), "
@@ -273,6 +295,17 @@ def _check_sampling(job: Job, info: EngineInfo) -> None:
             f"beam_width must be at most {info.max_running_requests}, the sequences that this server runs "
             f"at once, got {job.sampling.beam_width}.",
             param="beam_width",
+        )
+
+
+def check_text_fits(tokenizer: Tokenizer, text: str, field_name: str, info: EngineInfo) -> None:
+    """Refuse a text that is too long however it is tokenised, before the work of that."""
+    least, context = tokenizer.count_least(text), info.context_length
+    if least >= context:
+        raise InvalidRequestError(
+            f"The input (at least {least} tokens) is longer than the model's context length "
+            f"({context} tokens).",
+            param=field_name,
         )
 
 

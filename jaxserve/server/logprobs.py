@@ -10,9 +10,11 @@ are known already; ScoredText holds their scores back with it. Knows nothing of 
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import deque
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 from jaxserve.server.pieces import Piece, Sequence
 from jaxserve.server.replies import (
@@ -21,22 +23,51 @@ from jaxserve.server.replies import (
     LogprobEntry,
     TokenLogprob,
     TopLogprob,
+    seal,
 )
 from jaxserve.text.detokenizer import Detokenizer
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import SamplingParams, TokenScores
 
+T = TypeVar("T")
+
 _LEAST_LOGPROB = -9999.0  # what OpenAI's API says of a token that cannot come; JSON has no -inf
+_INLINE_ENTRIES = 2000  # as many logprobs are rendered on the event loop: a few milliseconds
+
+
+async def render_scored(render: Callable[[list[Piece]], T], pieces: list[Piece]) -> T:
+    """What `render` makes of the pieces; on a thread where they hold many logprobs, so that a long rendering
+    holds up nobody else."""
+    if sum(map(_count_entries, pieces)) <= _INLINE_ENTRIES:
+        return render(pieces)
+    return await asyncio.to_thread(render, pieces)
+
+
+def _count_entries(piece: Piece) -> int:
+    first = next(iter(piece.scores or piece.prompt_scores), None)
+    if first is None:
+        return 0
+    width = 1 + len(first.top_ids) + len(first.watched_logprobs)
+    return (len(piece.scores) + len(piece.prompt_scores)) * width
 
 
 class NativeLogprobs:
     """The logprob fields of one sequence's meta_info, as its pieces come.
 
     `is_cumulative`: every rendering holds the whole output so far, else what is new since the last.
-    The prompt's entries are in every rendering.
+    The prompt's entries are in every rendering. `is_sealed`: alternatives are finished JSON (see `seal`).
     """
 
-    def __init__(self, sequence: Sequence, tokenizer: Tokenizer, *, has_text: bool, is_cumulative: bool):
+    def __init__(
+        self,
+        sequence: Sequence,
+        tokenizer: Tokenizer,
+        *,
+        has_text: bool,
+        is_cumulative: bool,
+        is_sealed: bool = False,
+    ):
+        self._is_sealed = is_sealed
         self._sampling = sequence.sampling
         self._prompt_ids = sequence.prompt_ids
         self._tokenizer = tokenizer
@@ -82,8 +113,13 @@ class NativeLogprobs:
         tops = list(zip(scores.top_logprobs, scores.top_ids, strict=True))[:num_top]
         watched = zip(scores.watched_logprobs, self._sampling.logprob_ids, strict=True)
         columns.tokens.append(self._entry(scores.logprob, token_id))
-        columns.tops.append([self._entry(logprob, top_id) for logprob, top_id in tops])
-        columns.watched.append([self._entry(logprob, watched_id) for logprob, watched_id in watched])
+        columns.tops.append(self._finish([self._entry(logprob, top_id) for logprob, top_id in tops]))
+        columns.watched.append(
+            self._finish([self._entry(logprob, watched_id) for logprob, watched_id in watched])
+        )
+
+    def _finish(self, entries: list[LogprobEntry]) -> list[LogprobEntry]:
+        return seal(entries) if self._is_sealed else entries
 
     def _entry(self, logprob: float | None, token_id: int) -> LogprobEntry:
         is_number = logprob is not None and math.isfinite(logprob)
@@ -179,30 +215,36 @@ def _begin_spans(spans: list[tuple[int, int] | None], num_chars: int) -> list[in
     return begins[::-1]
 
 
-def render_chat(tokens: list[ScoredToken], num_top: int, tokenizer: Tokenizer) -> ChatLogprobs:
+class Spellings:
+    """Tokens as chat shows them, text and bytes; kept, because the same few come again and again."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._known: dict[int, tuple[str, list[int]]] = {}
+
+    def of(self, token_id: int) -> tuple[str, list[int]]:
+        known = self._known.get(token_id)
+        if known is None:
+            text, raw = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
+            known = self._known[token_id] = (text, list(raw))
+        return known
+
+
+def render_chat(tokens: list[ScoredToken], num_top: int, spellings: Spellings) -> ChatLogprobs:
     """OpenAI's `logprobs` of a chat choice or chunk."""
     content: list[TokenLogprob] = []
     for token_id, scores, _ in tokens:
         if scores is None:
             continue
-        tops = list(zip(scores.top_ids, scores.top_logprobs, strict=True))[:num_top]
-        content.append(
-            TokenLogprob(
-                token=tokenizer.token_text(token_id),
-                bytes=list(tokenizer.token_bytes(token_id)),
-                logprob=max(scores.logprob, _LEAST_LOGPROB),
-                token_id=token_id,
-                top_logprobs=[
-                    TopLogprob(
-                        token=tokenizer.token_text(top_id),
-                        bytes=list(tokenizer.token_bytes(top_id)),
-                        logprob=max(logprob, _LEAST_LOGPROB),
-                        token_id=top_id,
-                    )
-                    for top_id, logprob in tops
-                ],
-            )
-        )
+        tops: list[TopLogprob] = []
+        for top_id, logprob in list(zip(scores.top_ids, scores.top_logprobs, strict=True))[:num_top]:
+            text, raw = spellings.of(top_id)
+            logprob = max(logprob, _LEAST_LOGPROB)
+            tops.append(TopLogprob(token=text, bytes=raw, logprob=logprob, token_id=top_id))
+        text, raw = spellings.of(token_id)
+        logprob = max(scores.logprob, _LEAST_LOGPROB)
+        entry = TokenLogprob(token=text, bytes=raw, logprob=logprob, token_id=token_id, top_logprobs=tops)
+        content.append(seal(entry))
     return ChatLogprobs(content=content)
 
 
@@ -226,5 +268,5 @@ def render_completion(tokens: list[ScoredToken], num_top: int, tokenizer: Tokeni
             tops.setdefault(tokenizer.token_text(top_id), max(logprob, _LEAST_LOGPROB))
         tops.setdefault(tokenizer.token_text(token_id), max(scores.logprob, _LEAST_LOGPROB))
         shown.token_logprobs.append(max(scores.logprob, _LEAST_LOGPROB))
-        shown.top_logprobs.append(tops)
+        shown.top_logprobs.append(seal(tops))
     return shown

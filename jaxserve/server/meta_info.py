@@ -36,7 +36,9 @@ class MetaInfoWriter:
         self._run = run
         self._weights = weights
         self._logprobs = [
-            NativeLogprobs(sequence, tokenizer, has_text=has_text, is_cumulative=is_cumulative)
+            NativeLogprobs(
+                sequence, tokenizer, has_text=has_text, is_cumulative=is_cumulative, is_sealed=True
+            )
             for sequence in run.choices
         ]
 

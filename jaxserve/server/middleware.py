@@ -1,13 +1,11 @@
 """What happens around every request: keys, its body in time, CORS, the request id, the log line, errors.
 
-Attached by app.py. Knows nothing of particular routes beyond which of them need no key and which are for
-operators (`is_for_operators` in a route's ctx).
+Attached by app.py; access.py decides who may call. Knows nothing of particular routes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from typing import Any
 
@@ -17,14 +15,13 @@ from sanic.http import Http
 from sanic.request import Request
 from sanic.response import BaseHTTPResponse, HTTPResponse
 
-from jaxserve.errors import ClientGoneError, InternalError, JaxserveError, UnauthorizedError
+from jaxserve.errors import ClientGoneError, InternalError, JaxserveError
+from jaxserve.server.access import check_caller
 from jaxserve.server.errors import error_response, render_sanic_exception
 from jaxserve.server.state import finish_request, note_of, state_of
 
 logger = logging.getLogger(__name__)
 
-# Probes and scrapes carry no key.
-OPEN_PATHS = ("/health", "/ready", "/metrics")
 _MAX_DRAIN_FACTOR = 4  # how much of a body that nobody wants is read, in limits
 _MAX_DRAIN_S = 10.0
 
@@ -59,8 +56,9 @@ async def check_url(request: Request) -> None:
 
 
 async def receive_body(request: Request, **_facts: object) -> None:
-    """Check the key, then read the body within the time limit: one that trickles in holds its connection."""
-    _check_key(request)
+    """Check who calls, then read the body within the time limit: one that
+    trickles in holds its connection."""
+    check_caller(request)
     limit_s = state_of(request).settings.upload_timeout_s
     stream = request.stream
     if not isinstance(stream, Http) or not stream.request_body:
@@ -101,33 +99,14 @@ def _give_up_body(stream: Http) -> None:
 
 
 async def begin_request(request: Request) -> HTTPResponse | None:
-    """Answer CORS preflights, then check the key."""
+    """Answer CORS preflights, then check who calls."""
     note_of(request)
     endpoint = request.route.path if request.route is not None else "unmatched"
     state_of(request).metrics.observe_http_request(endpoint, request.method)
     if request.method == "OPTIONS":
         return HTTPResponse(status=204, headers=_preflight_headers(request))
-    _check_key(request)
+    check_caller(request)
     return None
-
-
-def _check_key(request: Request) -> None:
-    """Operators' routes want the admin key if there is one; all else wants the API key, or the admin's."""
-    settings = state_of(request).settings
-    if request.method == "OPTIONS" or request.path.startswith(OPEN_PATHS):
-        return
-    is_for_operators = request.route is not None and getattr(request.route.ctx, "is_for_operators", False)
-    if is_for_operators and settings.admin_api_key:
-        keys, name = [settings.admin_api_key], "admin API key"
-    elif settings.api_key:
-        keys, name = [settings.api_key, *filter(None, [settings.admin_api_key])], "API key"
-    else:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    given_bytes = given.strip().encode(errors="replace")
-    is_right = any(hmac.compare_digest(given_bytes, key.encode()) for key in keys)
-    if scheme.lower() != "bearer" or not is_right:
-        raise UnauthorizedError(f"The {name} is missing or wrong; send it as Authorization: Bearer KEY.")
 
 
 def _allow_origin(request: Request, response: BaseHTTPResponse) -> None:

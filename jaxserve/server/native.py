@@ -6,9 +6,7 @@ Streamed frames are cumulative unless the server is set to incremental; frames o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from msgspec import UNSET, structs
 from sanic import Blueprint
@@ -17,7 +15,8 @@ from sanic.response import HTTPResponse
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.server.decode import decode_request
-from jaxserve.server.generation import Job, Run
+from jaxserve.server.generation import Job, Run, check_num_sequences
+from jaxserve.server.logprobs import render_scored
 from jaxserve.server.meta_info import MetaInfoWriter
 from jaxserve.server.pieces import Piece, join_pieces
 from jaxserve.server.replies import GenerateReply, json_response
@@ -29,6 +28,7 @@ from jaxserve.server.sampling import (
     read_priority,
 )
 from jaxserve.server.schemas import REFUSED_BY_GENERATE, GenerateBody, SamplingBody
+from jaxserve.server.settings import ServerSettings
 from jaxserve.server.sse import EventStream
 from jaxserve.server.state import AppState, note_of, state_of
 from jaxserve.types import SamplingParams
@@ -49,26 +49,28 @@ def make_blueprint() -> Blueprint:
 async def generate(request: Request) -> HTTPResponse | None:
     state = state_of(request)
     body = decode_request(request.body, GenerateBody, REFUSED_BY_GENERATE)
-    jobs, is_batch = read_jobs(body, state.settings.preferred_sampling_params)
+    jobs, is_batch = read_jobs(body, state.settings)
     async with state.generator.open(jobs) as run:
         note_of(request).describe(jobs[0].rid, run)
-        renderer = _Renderer(body, run, state, has_index=is_batch and bool(body.stream))
+        renderer = _Renderer(body, run, state, is_batch=is_batch)
         if not body.stream:
-            replies = [renderer.render(piece) for piece in await run.collect()]
-            return json_response(replies if is_batch else replies[0])
+            return await render_scored(renderer.render_response, await run.collect())
         async with EventStream(request, keep_alive_s=state.settings.keep_alive_s) as events:
             async for pieces in run:
-                await events.send(*[renderer.render(piece) for piece in pieces])
+                await events.send(*await render_scored(renderer.render_pieces, pieces))
     return None
 
 
-def read_jobs(body: GenerateBody, preferred: Mapping[str, Any]) -> tuple[list[Job], bool]:
+def read_jobs(body: GenerateBody, settings: ServerSettings) -> tuple[list[Job], bool]:
     """The prompts of a body, and whether the answer is a list. InvalidRequestError for odd shapes."""
     prompts, is_list, field = _read_prompts(body)
     num_prompts = len(prompts)
+    check_num_sequences(num_prompts, settings)
     bodies = spread(body.sampling_params or SamplingBody(), num_prompts, is_list, "sampling_params")
+    preferred = settings.preferred_sampling_params
     parsed = {  # a shared one is read once
-        id(item): read_native_sampling(item, preferred, beam_width=body.beam_width) for item in bodies
+        key: read_native_sampling(item, preferred, beam_width=body.beam_width)
+        for key, item in {id(item): item for item in bodies}.items()
     }
     samplings = _add_logprobs(body, [parsed[id(item)] for item in bodies], is_list)
     salts = spread(body.cache_salt or body.extra_key or "", num_prompts, is_list, "cache_salt")
@@ -115,28 +117,38 @@ def _add_logprobs(body: GenerateBody, samplings: list[SamplingParams], is_list: 
     starts = spread(body.logprob_start_len, num_prompts, is_list, "logprob_start_len")
     nums = spread(body.top_logprobs_num, num_prompts, is_list, "top_logprobs_num")
     watched = _read_watched_ids(body.token_ids_logprob, num_prompts, is_list)
-    return [
-        replace(
-            sampling,
-            logprobs=num or 0,
-            logprob_start=None if start in (None, -1) else start,
-            logprob_ids=ids,
-            are_logprobs_scaled=is_scaled,
+    made: dict[tuple[int, int | None, int | None, int], SamplingParams] = {}  # prompts that ask alike share
+    scored: list[SamplingParams] = []
+    for sampling, is_wanted, start, num, ids in zip(samplings, wanted, starts, nums, watched, strict=True):
+        key = (id(sampling), start, num, id(ids))
+        if is_wanted and key not in made:
+            made[key] = replace(
+                sampling,
+                logprobs=num or 0,
+                logprob_start=_read_start(start),
+                logprob_ids=ids,
+                are_logprobs_scaled=is_scaled,
+            )
+        scored.append(made[key] if is_wanted else sampling)
+    return scored
+
+
+def _read_start(start: int | None) -> int | None:
+    if start is not None and start < -1:
+        raise InvalidRequestError(
+            f"logprob_start_len must be -1 or at least 0, got {start}.", param="logprob_start_len"
         )
-        if is_wanted
-        else sampling
-        for sampling, is_wanted, start, num, ids in zip(samplings, wanted, starts, nums, watched, strict=True)
-    ]
+    return None if start == -1 else start
 
 
 def _read_watched_ids(
     ids: list[int | list[int] | None] | None, num_prompts: int, is_list: bool
 ) -> list[tuple[int, ...]]:
     """token_ids_logprob: one list of ids for all prompts, or in a batch a list for each."""
-    if not any(isinstance(item, list) for item in ids or ()):
-        flat = [item for item in ids or () if isinstance(item, int)]
+    flat = [item for item in ids or () if isinstance(item, int)]
+    if len(flat) == len(ids or ()):
         return [tuple(flat)] * num_prompts
-    if not is_list or any(isinstance(item, int) for item in ids or ()):
+    if flat or not is_list:
         raise InvalidRequestError(
             "token_ids_logprob must be a flat list of integers; for a list of prompts it may be a list of "
             "such lists.",
@@ -148,9 +160,10 @@ def _read_watched_ids(
 class _Renderer:
     """Pieces to reply objects, for one run."""
 
-    def __init__(self, body: GenerateBody, run: Run, state: AppState, *, has_index: bool):
+    def __init__(self, body: GenerateBody, run: Run, state: AppState, *, is_batch: bool):
         self._run = run
-        self._has_index = has_index
+        self._is_batch = is_batch
+        self._has_index = is_batch and bool(body.stream)
         self._has_prompt_ids = bool(body.return_prompt_token_ids)
         self._so_far: dict[int, Piece] = {}
         self._is_cumulative = bool(body.stream) and not state.settings.is_streaming_incremental
@@ -161,6 +174,13 @@ class _Renderer:
             has_text=bool(body.return_text_in_logprobs),
             is_cumulative=self._is_cumulative,
         )
+
+    def render_response(self, outputs: list[Piece]) -> HTTPResponse:
+        replies = self.render_pieces(outputs)
+        return json_response(replies if self._is_batch else replies[0])
+
+    def render_pieces(self, pieces: list[Piece]) -> list[GenerateReply]:
+        return [self.render(piece) for piece in pieces]
 
     def render(self, piece: Piece) -> GenerateReply:
         meta_info = self._meta_info.describe(piece)

@@ -18,7 +18,7 @@ from sanic.response import HTTPResponse
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.server.generation import Job, Run, read_rid
-from jaxserve.server.logprobs import ScoredText, render_chat
+from jaxserve.server.logprobs import ScoredText, Spellings, render_chat, render_scored
 from jaxserve.server.openai_protocol import (
     Additions,
     UsageCounter,
@@ -71,10 +71,10 @@ async def create_chat_completion(request: Request) -> HTTPResponse | None:
         note_of(request).describe(job.rid, run)
         renderer = _Renderer(body, job, run, state)
         if not body.stream:
-            return json_response(renderer.render_whole(await run.collect()))
+            return await render_scored(renderer.render_response, await run.collect())
         async with EventStream(request, keep_alive_s=state.settings.keep_alive_s) as events:
             async for pieces in run:
-                await events.send(*renderer.render_pieces(pieces))
+                await events.send(*await render_scored(renderer.render_pieces, pieces))
             await events.send(*renderer.render_end())
     return None
 
@@ -173,14 +173,17 @@ class _Renderer:
         self._options = body.stream_options or StreamOptions()
         self._usage = UsageCounter(num_choices_per_prompt=count_choices(job.sampling))
         self._additions = Additions(body, run, state)
-        self._tokenizer = state.text.tokenizer
+        self._spellings = Spellings(state.text.tokenizer)
         self._num_top = job.sampling.logprobs or 0
         # Empty where no logprobs were asked for.
         self._scored = [
-            ScoredText(self._tokenizer, choice.sampling)
+            ScoredText(state.text.tokenizer, choice.sampling)
             for choice in run.choices
             if choice.sampling.logprobs is not None
         ]
+
+    def render_response(self, outputs: list[Piece]) -> HTTPResponse:
+        return json_response(self.render_whole(outputs))
 
     def render_whole(self, outputs: list[Piece]) -> ChatCompletion:
         self._usage.note(outputs)
@@ -241,7 +244,7 @@ class _Renderer:
     def _take_logprobs(self, index: int, *, is_last: bool) -> ChatLogprobs | None:
         """Of the tokens whose text goes out now; None where there are none, or none were asked for."""
         tokens = self._scored[index].take(is_last=is_last) if self._scored else []
-        return render_chat(tokens, self._num_top, self._tokenizer) if tokens else None
+        return render_chat(tokens, self._num_top, self._spellings) if tokens else None
 
     def _chunk(
         self,

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
 
 from msgspec import UNSET
 from sanic import Blueprint
@@ -18,13 +17,14 @@ from sanic.request import Request
 from sanic.response import HTTPResponse
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.server.generation import Job, Run
+from jaxserve.server.generation import Job, Run, check_num_sequences
 from jaxserve.server.logprobs import (
     ScoredText,
     ScoredToken,
     echo_prompt,
     place_prompt,
     render_completion,
+    render_scored,
 )
 from jaxserve.server.openai_protocol import (
     Additions,
@@ -52,6 +52,7 @@ from jaxserve.server.sampling import (
     read_priority,
 )
 from jaxserve.server.schemas import REFUSED_BY_COMPLETIONS, CompletionBody, StreamOptions
+from jaxserve.server.settings import ServerSettings
 from jaxserve.server.sse import EventStream
 from jaxserve.server.state import AppState, note_of, state_of
 from jaxserve.text.fill_in_middle import find_fill_in_middle
@@ -70,26 +71,27 @@ def make_blueprint() -> Blueprint:
 async def create_completion(request: Request) -> HTTPResponse | None:
     state = state_of(request)
     body = read_openai_body(request, CompletionBody, REFUSED_BY_COMPLETIONS, state.settings)
-    jobs, rid = read_jobs(body, state.settings.preferred_sampling_params)
+    jobs, rid = read_jobs(body, state.settings)
     if body.suffix:
         jobs = await asyncio.to_thread(add_suffix, jobs, body, state.text.tokenizer)
     async with state.generator.open(jobs) as run:
         note_of(request).describe(rid, run)
         renderer = _Renderer(body, rid, jobs, run, state)
         if not body.stream:
-            return json_response(renderer.render_whole(await run.collect()))
+            return await render_scored(renderer.render_response, await run.collect())
         async with EventStream(request, keep_alive_s=state.settings.keep_alive_s) as events:
             async for pieces in run:
-                await events.send(*renderer.render_pieces(pieces))
+                await events.send(*await render_scored(renderer.render_pieces, pieces))
             await events.send(*renderer.render_end())
     return None
 
 
-def read_jobs(body: CompletionBody, preferred: Mapping[str, Any]) -> tuple[list[Job], str]:
+def read_jobs(body: CompletionBody, settings: ServerSettings) -> tuple[list[Job], str]:
     """The prompts of a body and the id of the reply; InvalidRequestError where something is odd."""
-    sampling = _add_logprobs(body, read_completion_sampling(body, preferred))
+    sampling = _add_logprobs(body, read_completion_sampling(body, settings.preferred_sampling_params))
     check_choices(body.best_of, body.num_return_sequences, sampling)
     prompts, is_list = _read_prompts(body.prompt)
+    check_num_sequences(len(prompts), settings)
     salts = spread(body.cache_salt or body.extra_key or "", len(prompts), is_list, "cache_salt")
     rid = body.rid or body.request_id
     rids = name_prompts(rid, len(prompts), is_list)
@@ -134,13 +136,13 @@ def add_suffix(jobs: list[Job], body: CompletionBody, tokenizer: Tokenizer) -> l
         )
     if body.echo:
         raise InvalidRequestError("echo cannot be combined with suffix.", param="echo")
+    asked = jobs[0].sampling  # one for all prompts
+    sampling = replace(asked, stop_token_ids=(*asked.stop_token_ids, *fill_in_middle.end_ids))
     filled: list[Job] = []
     for job in jobs:
         if not isinstance(job.prompt, str):
             raise InvalidRequestError("suffix needs the prompt as text, got token ids.", param="suffix")
         prompt_ids = fill_in_middle.encode(tokenizer, job.prompt, body.suffix or "")
-        stop_token_ids = (*job.sampling.stop_token_ids, *fill_in_middle.end_ids)
-        sampling = replace(job.sampling, stop_token_ids=stop_token_ids)
         filled.append(replace(job, prompt=prompt_ids, sampling=sampling))
     return filled
 
@@ -176,10 +178,18 @@ class _Renderer:
         num_choices = count_choices(jobs[0].sampling)
         self._usage = UsageCounter(num_choices_per_prompt=num_choices)
         self._additions = Additions(body, run, state)
+        tokenizer = state.text.tokenizer
+        prompts: list[_EchoedPrompt | None] = [None] * len(jobs)
+        if body.echo:
+            firsts = run.choices[::num_choices]
+            prompts = [_EchoedPrompt(job, first, tokenizer) for job, first in zip(jobs, firsts, strict=True)]
         self._choices = [
-            _Choice(jobs[index // num_choices], sequence, state.text.tokenizer, is_echoed=bool(body.echo))
+            _Choice(sequence, prompts[index // num_choices], tokenizer)
             for index, sequence in enumerate(run.choices)
         ]
+
+    def render_response(self, outputs: list[Piece]) -> HTTPResponse:
+        return json_response(self.render_whole(outputs))
 
     def render_whole(self, outputs: list[Piece]) -> Completion:
         self._usage.note(outputs)
@@ -232,25 +242,45 @@ class _Renderer:
         )
 
 
+class _EchoedPrompt:
+    """A prompt as text, and where its tokens stand in that: one for all choices, because finding out means
+    tokenising it again."""
+
+    def __init__(self, job: Job, sequence: Sequence, tokenizer: Tokenizer):
+        self._prompt = job.prompt
+        self._skips_special = job.sampling.skip_special_tokens
+        self._tokenizer = tokenizer
+        self._ids = sequence.prompt_ids
+        self.text = echo_prompt(tokenizer, self._prompt, self._skips_special)
+
+    @cached_property
+    def offsets(self) -> list[int]:
+        return place_prompt(self._tokenizer, self._prompt, self._ids, self._skips_special)
+
+    def score(self, scores: list[TokenScores]) -> list[ScoredToken]:
+        """The first token of a prompt has no scores: nothing precedes it."""
+        known: list[TokenScores | None] = [None, *scores]
+        # Shorter than the prompt only where its computation was aborted.
+        return [ScoredToken(*entry) for entry in zip(self._ids, known, self.offsets, strict=False)]
+
+
 class _Choice:
     """The text of one choice, after its prompt if that is echoed, and the logprobs of both."""
 
-    def __init__(self, job: Job, sequence: Sequence, tokenizer: Tokenizer, *, is_echoed: bool):
-        self._prompt = job.prompt
-        self._prompt_ids = sequence.prompt_ids
+    def __init__(self, sequence: Sequence, echo: _EchoedPrompt | None, tokenizer: Tokenizer):
         self._sampling = sequence.sampling
         self._tokenizer = tokenizer
-        self._is_echo_due = is_echoed
-        self._echo = echo_prompt(tokenizer, job.prompt, job.sampling.skip_special_tokens) if is_echoed else ""
+        self._echo_due = echo
         self._scored: ScoredText | None = None
         if sequence.sampling.logprobs is not None:
-            self._scored = ScoredText(tokenizer, sequence.sampling, start=len(self._echo))
+            start = 0 if echo is None else len(echo.text)
+            self._scored = ScoredText(tokenizer, sequence.sampling, start=start)
         self._held: list[Piece] = []
 
     def make_visible(self, piece: Piece) -> Piece | None:
         """The piece with those before it that had no text; None if it has none either."""
         self._held.append(piece)
-        if not (piece.text or piece.finish is not None or self._is_echo_due):
+        if not (piece.text or piece.finish is not None or self._echo_due is not None):
             return None
         whole = join_pieces(self._held)
         self._held = []
@@ -258,21 +288,12 @@ class _Choice:
 
     def render(self, piece: Piece) -> tuple[str, CompletionLogprobs | None]:
         """The text and logprobs of a choice or chunk. The first holds the prompt, if that is echoed."""
-        text = self._echo + piece.text if self._is_echo_due else piece.text
+        echo, self._echo_due = self._echo_due, None
+        text = piece.text if echo is None else echo.text + piece.text
         logprobs: CompletionLogprobs | None = None
         if self._scored is not None:
-            tokens = self._score_prompt(piece.prompt_scores) if self._is_echo_due else []
+            tokens = [] if echo is None else echo.score(piece.prompt_scores)
             self._scored.note(piece)
             tokens += self._scored.take(is_last=piece.finish is not None)
             logprobs = render_completion(tokens, self._sampling.logprobs or 0, self._tokenizer)
-        self._is_echo_due = False
         return text, logprobs
-
-    def _score_prompt(self, scores: list[TokenScores]) -> list[ScoredToken]:
-        """The first token of a prompt has no scores: nothing precedes it."""
-        offsets = place_prompt(
-            self._tokenizer, self._prompt, self._prompt_ids, self._sampling.skip_special_tokens
-        )
-        known: list[TokenScores | None] = [None, *scores]
-        # Shorter than the prompt only where its computation was aborted.
-        return [ScoredToken(*entry) for entry in zip(self._prompt_ids, known, offsets, strict=False)]

@@ -39,6 +39,7 @@ _REF = "#/components/schemas/{name}"
 _ERROR_STATUSES = {
     "400": "The request asks for something impossible or not supported; the message names the field.",
     "401": "The API key is missing or wrong.",
+    "403": "A web page of another origin may not call an operators' route.",
     "404": "No such model or route.",
     "413": "The body is larger than the server reads.",
     "429": "The queue or the concurrency limit is full; Retry-After says when to come back.",
@@ -106,6 +107,7 @@ ROUTES: tuple[RouteDoc, ...] = (
         summary="Empty the prefix cache, waiting up to timeout seconds",
         reply="text/plain",
         query=("timeout",),
+        is_for_operators=True,
     ),
     RouteDoc(
         path="/abort_request",

@@ -93,7 +93,15 @@ async def sleep(request: Request) -> HTTPResponse:
     body = _decode(request, SleepBody)
     if body.model_id is not None or level is None:
         _check_model_id(body.model_id, state)
-    level = _read_level(body.master_status) if level is None else _read_level(level, "level")
+    if level is not None:
+        level = _read_level(level, "level")
+        if body.master_status is not None and _read_level(body.master_status) != level:
+            raise InvalidRequestError(
+                f"master_status {body.master_status!r} contradicts ?level={level}; send one of them.",
+                param="master_status",
+            )
+    else:
+        level = _read_level(body.master_status)
     mode = _read_choice(body.mode or query.get("mode"), WAIT_MODES, "wait")
     timeout_s = _read_timeout_s(body.timeout)
     _require_engine(state)

@@ -19,6 +19,7 @@ from jaxserve.errors import ERROR_BY_STATUS, InternalError, JaxserveError
 from jaxserve.metrics import ServerMetrics
 from jaxserve.server.engine_port import EnginePort
 from jaxserve.text.output import TextStream
+from jaxserve.text.stop_regex import SearchAllowance
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import (
     BeamResult,
@@ -29,12 +30,15 @@ from jaxserve.types import (
     TokenScores,
 )
 
+_YIELD_AFTER_S = 0.001  # of work on one sequence, so that deltas that wait in line do not hold up the rest
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sequence:
     """One request to the engine: the i-th choice of one prompt, or all beams of a search.
 
-    `index` is its place in the reply; `num_choices` places from there on are its own.
+    `index` is its place in the reply; `num_choices` places from there on are its own. The time for
+    `stop_regex` searches is one `allowance` for all sequences of a call.
     """
 
     index: int
@@ -46,6 +50,7 @@ class Sequence:
     priority: int
     cache_salt: str
     stream_interval: int
+    allowance: SearchAllowance
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -96,9 +101,10 @@ async def read_sequence(
     A stop string ends the sequence here, and closing the engine's stream aborts it there. Raises the
     error behind a finish of kind "abort", and whatever `EnginePort.generate` raises.
     """
-    text_stream = TextStream(tokenizer, sequence.sampling)
+    text_stream = TextStream(tokenizer, sequence.sampling, sequence.allowance)
     timer = _Timer(metrics, started_s)
     num_output_tokens = 0
+    busy_s = 0.0
     held: list[Piece] = []
     deltas = engine.generate(
         sequence.rid,
@@ -110,7 +116,12 @@ async def read_sequence(
     async with aclosing(deltas):
         async for delta in deltas:
             _raise_failure(delta.finish)
+            began_s = time.perf_counter()
             output = text_stream.push(delta.token_ids, delta.finish)
+            busy_s += time.perf_counter() - began_s
+            if busy_s > _YIELD_AFTER_S:
+                busy_s = 0.0
+                await asyncio.sleep(0)
             num_output_tokens += len(output.token_ids)
             piece = Piece(
                 sequence.index,

@@ -26,3 +26,4 @@ class RouteDoc:
     event: type | None = None  # what `stream: true` sends
     query: tuple[str, ...] = ()  # numbers
     text_query: tuple[str, ...] = ()
+    is_for_operators: bool = False  # wants the admin key if there is one

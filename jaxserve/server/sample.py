@@ -26,7 +26,7 @@ from sanic.response import HTTPResponse
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.server.decode import decode_body
-from jaxserve.server.generation import Generator, Job, Run
+from jaxserve.server.generation import Generator, Job, Run, check_text_fits
 from jaxserve.server.openai_protocol import check_model
 from jaxserve.server.replies import json_response
 from jaxserve.server.settings import ServerSettings
@@ -187,6 +187,8 @@ async def answer(
     ready, OverloadedError at the concurrency limit, InvalidRequestError when the prompt is too long.
     """
     info = generator.require_ready() if question.num_matches else None
+    if info is not None:
+        check_text_fits(tokenizer, question.prompt, "prompt", info)
     prompt_ids = await _work_on(question.prompt, tokenizer.encode)
     if info is None:
         return _make_reply(question, [], len(prompt_ids))

@@ -87,15 +87,26 @@ def read_chat_sampling(
     """Chat: the model's generation_config counts, and no length means the context."""
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-    recommended = SamplingBody(
+    asked = _read_openai_fields(body, _check_max_tokens(name, max_tokens, at_least=1))
+    return _settle(asked, preferred or {}, _recommend(defaults), max_new_tokens=None)
+
+
+def read_default_sampling(
+    preferred: Mapping[str, Any], defaults: SamplingDefaults | None = None
+) -> SamplingParams:
+    """The library's, for a caller who asks for nothing; `defaults` are the model's, for a chat."""
+    recommended = None if defaults is None else _recommend(defaults)
+    return _settle(SamplingBody(), preferred, recommended, max_new_tokens=GENERATE_MAX_NEW_TOKENS)
+
+
+def _recommend(defaults: SamplingDefaults) -> SamplingBody:
+    return SamplingBody(
         temperature=defaults.temperature,
         top_p=defaults.top_p,
         top_k=defaults.top_k,
         min_p=defaults.min_p,
         repetition_penalty=defaults.repetition_penalty,
     )
-    asked = _read_openai_fields(body, _check_max_tokens(name, max_tokens, at_least=1))
-    return _settle(asked, preferred or {}, recommended, max_new_tokens=None)
 
 
 def read_completion_sampling(
@@ -225,32 +236,21 @@ def check_choices(best_of: int | None, num_return_sequences: int | None, samplin
     if num_return_sequences is not None and num_return_sequences not in (0, width):
         raise InvalidRequestError(
             f"num_return_sequences must be left out or equal beam_width ({width}), "
-            f"got {num_return_sequences}; use beam_width or n.",
+            f"got {num_return_sequences}; use beam_width{' or n' if width == 1 else ''}.",
             param="num_return_sequences",
         )
 
 
-def to_token_params(
-    sampling: SamplingParams,
-    *,
-    max_new_tokens: int,
-    eos_ids: tuple[int, ...],
-    vocab_size: int,
-    draw: Random,
-    num_prompt_tokens: int,
-) -> TokenParams:
-    """The engine's half of the parameters; `draw` gives the seed when the request names none.
+def to_token_params(sampling: SamplingParams, *, eos_ids: tuple[int, ...], vocab_size: int) -> TokenParams:
+    """The engine's half of the parameters, but for what depends on the prompt (`fit_to_prompt`) and on the
+    choice (`read_seed`): requests with the same parameters share the lists in it.
 
-    `ignore_eos` switches off every stop by token, `stop_token_ids` included (as SGLang does). Seeds
-    of more than 31 bits are folded, so that any int64 is accepted and small ones keep their value.
-    The engine computes in float32: numbers that would become 0 or infinity there are moved to where
-    they mean the same.
+    `ignore_eos` switches off every stop by token, `stop_token_ids` included (as SGLang does). The engine
+    computes in float32: numbers that would become 0 or infinity there are moved to where they mean the same.
     """
-    seed = draw.getrandbits(_SEED_BITS) if sampling.seed is None else _fold_seed(sampling.seed)
     stop_ids = () if sampling.ignore_eos else tuple(dict.fromkeys((*eos_ids, *sampling.stop_token_ids)))
     return TokenParams(
-        max_new_tokens=max_new_tokens,
-        min_new_tokens=min(sampling.min_new_tokens, max_new_tokens),
+        max_new_tokens=0,
         temperature=min(sampling.temperature, _MAX_TEMPERATURE),
         top_p=max(sampling.top_p, _MIN_SHARE),
         top_k=sampling.top_k if 0 < sampling.top_k < vocab_size else 0,
@@ -258,15 +258,33 @@ def to_token_params(
         frequency_penalty=sampling.frequency_penalty,
         presence_penalty=sampling.presence_penalty,
         repetition_penalty=max(sampling.repetition_penalty, _MIN_SHARE),
-        seed=seed,
         stop_ids=stop_ids,
         logit_bias=tuple(
             (token_id, max(-_MAX_BIAS, min(bias, _MAX_BIAS)))
             for token_id, bias in sampling.logit_bias.items()
         ),
-        scores=_to_score_params(sampling, num_prompt_tokens),
         beam_width=max(sampling.beam_width, 1),
     )
+
+
+def fit_to_prompt(
+    params: TokenParams, sampling: SamplingParams, *, max_new_tokens: int, num_prompt_tokens: int
+) -> TokenParams:
+    """`params`, made of `sampling`, for one prompt."""
+    return replace(
+        params,
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min(sampling.min_new_tokens, max_new_tokens),
+        scores=_to_score_params(sampling, num_prompt_tokens),
+    )
+
+
+def read_seed(sampling: SamplingParams, draw: Random) -> int:
+    """The seed of one choice; `draw` gives it when the request names none.
+
+    Seeds of more than 31 bits are folded, so that any int64 is accepted and small ones keep their value.
+    """
+    return draw.getrandbits(_SEED_BITS) if sampling.seed is None else _fold_seed(sampling.seed)
 
 
 def _to_score_params(sampling: SamplingParams, num_prompt_tokens: int) -> ScoreParams | None:
@@ -284,6 +302,7 @@ def _to_score_params(sampling: SamplingParams, num_prompt_tokens: int) -> ScoreP
         num_top=max(sampling.logprobs or 0, sampling.beam_width if is_search else 0),
         watched_ids=sampling.logprob_ids,
         is_scaled=sampling.are_logprobs_scaled,
+        num_told=(sampling.logprobs or 0) if is_search else None,
     )
 
 

@@ -133,8 +133,8 @@ class VersionReply(msgspec.Struct, kw_only=True):
 
 
 def _order(path: str, tag: str, summary: str, body: type | None = None, **facts: Any) -> RouteDoc:
-    """An operator's route, whose body may be left out."""
-    facts = {"methods": POST, "is_body_required": False, **facts}
+    """An operators' route, whose body may be left out."""
+    facts = {"methods": POST, "is_body_required": False, "is_for_operators": True, **facts}
     return RouteDoc(path=path, tag=tag, summary=summary, body=body, **facts)
 
 
@@ -150,7 +150,13 @@ OPERATOR_ROUTES: tuple[RouteDoc, ...] = (
     ),
     _order("/wakeup", "Sleep", "Take it again", WakeBody, is_body_required=True, reply="text/plain"),
     _order("/wake_up", "Sleep", "The same under vLLM's name", reply="text/plain", text_query=("tags",)),
-    _order("/is_sleeping", "Sleep", "Whether device memory is given back", reply=SleepingReply, methods=GET),
+    RouteDoc(
+        path="/is_sleeping",
+        tag="Sleep",
+        summary="Whether device memory is given back",
+        reply=SleepingReply,
+        methods=GET,
+    ),
     _order(
         "/release_memory_occupation",
         "Sleep",
@@ -189,13 +195,13 @@ OPERATOR_ROUTES: tuple[RouteDoc, ...] = (
         is_body_required=True,
         reply=VersionReply,
     ),
-    _order(
-        "/v1/loads",
-        "Info",
-        "How busy the engine is",
+    RouteDoc(
+        path="/v1/loads",
+        tag="Info",
+        summary="How busy the engine is",
         methods=GET,
         query=("dp_rank",),
         text_query=("include", "format"),
     ),
-    _order("/get_load", "Info", "The same in an older form", methods=GET),
+    RouteDoc(path="/get_load", tag="Info", summary="The same in an older form", methods=GET),
 )

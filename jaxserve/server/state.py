@@ -57,6 +57,13 @@ class ServedWeights:
         self._num_unnamed = 0
 
 
+@dataclass(slots=True)
+class TokenProbe:
+    """The one-token request that those who ask for /health_generate share, or the last one."""
+
+    task: asyncio.Task[None] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AppState:
     engine: EnginePort
@@ -66,6 +73,7 @@ class AppState:
     metrics: ServerMetrics
     weights: ServedWeights
     started_at_s: float  # unix time, the `created` of /v1/models
+    token_probe: TokenProbe = field(default_factory=TokenProbe)
     chores: set[asyncio.Task[Any]] = field(default_factory=set)  # that go on when their client leaves
 
 

@@ -115,14 +115,15 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, object]] | None,
     ) -> str:
         try:
-            return template.render(tools=list(tools) if tools else None, **variables)
+            # As one dict, so that a variable may have any name ("self").
+            return template.render({**variables, "tools": list(tools) if tools else None})
         except _RENDER_ERRORS as error:
             first_error = error
         # A few templates want the bare functions rather than OpenAI's wrapper around each.
         functions = [tool["function"] for tool in tools or () if isinstance(tool.get("function"), Mapping)]
         if functions:
             try:
-                return template.render(tools=functions, **variables)
+                return template.render({**variables, "tools": functions})
             except _RENDER_ERRORS:
                 pass  # the first attempt's sentence is the one about what was sent
         raise InvalidRequestError(

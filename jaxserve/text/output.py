@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxserve.text.detokenizer import Detokenizer
-from jaxserve.text.stop_regex import StopRegex
-from jaxserve.text.stop_strings import START, StopStrings
+from jaxserve.text.stop_regex import SearchAllowance, StopRegex
+from jaxserve.text.stop_strings import START, build_stop_strings
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason, SamplingParams
 
@@ -37,19 +37,22 @@ class TextStream:
     string before a pattern. It is taken off the text with all that follows, or, under `no_stop_trim`, kept
     with nothing after it. Like a stop token it cannot end the reply before `min_new_tokens` tokens.
 
+    `allowance` is the time for searching that all streams of a call share; without it the stream has its own.
     Raises InvalidRequestError for a pattern that is refused, and from `push` if one takes too long to
     search for.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams):
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, allowance: SearchAllowance | None = None
+    ):
         self._keeps_stop = params.no_stop_trim
         self._min_new_tokens = params.min_new_tokens
         self._detokenizer = Detokenizer(
             tokenizer, params.skip_special_tokens, params.spaces_between_special_tokens
         )
-        self._stops = StopStrings(params.stop)
+        self._stops = build_stop_strings(params.stop)
         self._state = START
-        self._patterns = StopRegex(params.stop_regex)
+        self._patterns = StopRegex(params.stop_regex, allowance)
         self._num_given = 0  # characters given out; those held back follow them
         self._held = ""  # decoded, but could be the beginning of a stop string or of a pattern's match
         # A skipped special token leaves no characters to search, so a stop string that spells one is

@@ -1,7 +1,7 @@
 """Stopping at a regular expression, in a text that arrives token by token.
 
 Patterns come from clients, so nothing here may take long or take much memory: what compiling a pattern
-expands to is measured before it is compiled, and all searches of a reply share an allowance of processor
+expands to is measured before it is compiled, and all searches of a call share an allowance of processor
 time. The syntax is that of Python's `re`, and of it what a search in growing text has a use for. The `regex`
 package runs it, because it can tell how much of the text's end could still become a match. Used by
 text/output.py, and by the server to refuse a request early. Knows nothing of tokens.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,9 +26,9 @@ MAX_PATTERN_BYTES = 256
 # The regex package writes out what a pattern repeats at least: (a{1000}){1000} would take gigabytes.
 _MAX_ITEMS = 2048  # of one pattern, its repeats written out
 _MAX_ITEMS_IN_ALL = MAX_PATTERNS * MAX_PATTERN_BYTES
-# Processor time for searching: so much a token, some in reserve, and the most for one search, which is how
-# long a server's other requests may have to wait for it. Ordinary patterns take microseconds.
-_SEARCH_S_PER_TOKEN = 0.002
+# Processor time for searching: a share of the time that passes, some in reserve, and the most for one search,
+# which is how long a server's other requests may have to wait for it. Ordinary patterns take microseconds.
+_SEARCH_SHARE = 0.2
 _SEARCH_RESERVE_S = 0.1
 _SEARCH_LIMIT_S = 0.03
 
@@ -57,8 +58,36 @@ class PatternMatch:
     pattern: str
 
 
+class SearchAllowance:
+    """Processor time for the searches of one call, whatever the number of its choices.
+
+    It is a fifth of the time that passes, divided among the `count_sharing` calls that search at that time
+    (so that all of them together leave a server most of its time), and a tenth of a second in reserve. `now`
+    is the clock, in seconds.
+    """
+
+    def __init__(
+        self, count_sharing: Callable[[], int] = lambda: 1, now: Callable[[], float] = time.monotonic
+    ):
+        self._count_sharing = count_sharing
+        self._now = now
+        self._noted_s = now()
+        self._left_s = _SEARCH_RESERVE_S
+
+    def read_left_s(self) -> float:
+        """What may be spent now, in seconds; 0 or less when all is spent."""
+        now_s = self._now()
+        gained_s = (now_s - self._noted_s) * _SEARCH_SHARE / max(self._count_sharing(), 1)
+        self._noted_s = now_s
+        self._left_s = min(self._left_s + gained_s, _SEARCH_RESERVE_S)
+        return self._left_s
+
+    def spend(self, duration_s: float) -> None:
+        self._left_s -= duration_s
+
+
 class StopRegex:
-    """The patterns of one request over its reply's text.
+    """The patterns of one request over its reply's text. `allowance` is shared by the replies of a call.
 
     A pattern matches where `re.search` finds it in the text so far: `$`, `\\Z` and `\\b` take the end of the
     text so far for an end. (The one exception: a match that only the absence of an end allows, such as
@@ -68,12 +97,12 @@ class StopRegex:
     searching for them takes too long.
     """
 
-    def __init__(self, patterns: tuple[str, ...]):
+    def __init__(self, patterns: tuple[str, ...], allowance: SearchAllowance | None = None):
         self._patterns = patterns
         self._compiled = _compile_all(patterns)
         self._starts = [0] * len(patterns)  # no match of pattern i can begin before character _starts[i]
         self._text = ""
-        self._allowance_s = _SEARCH_RESERVE_S
+        self._allowance = allowance or SearchAllowance()
 
     @property
     def is_empty(self) -> bool:
@@ -90,7 +119,6 @@ class StopRegex:
         Without `may_stop` a match is passed over and becomes text like any other.
         """
         self._text += new_text
-        self._allowance_s = min(self._allowance_s + _SEARCH_S_PER_TOKEN, _SEARCH_RESERVE_S)
         found: PatternMatch | None = None
         for order, pattern in enumerate(self._patterns):
             match = self._advance(order, may_stop)
@@ -116,8 +144,8 @@ class StopRegex:
     ) -> regex.Match[str] | None:
         """One search. The time limit is the clock's, but only the processor's time counts in the end: having
         had to wait for its turn is no fault of a pattern."""
-        while self._allowance_s > 0:
-            limit_s = min(self._allowance_s, _SEARCH_LIMIT_S)
+        while (left_s := self._allowance.read_left_s()) > 0:
+            limit_s = min(left_s, _SEARCH_LIMIT_S)
             started_s = time.thread_time()
             try:
                 return compiled.search(
@@ -131,11 +159,12 @@ class StopRegex:
                 if time.thread_time() - started_s > 0.8 * limit_s:
                     break
             finally:
-                self._allowance_s -= time.thread_time() - started_s
+                self._allowance.spend(time.thread_time() - started_s)
         raise InvalidRequestError(
             f"stop_regex {self._patterns[order]!r} takes too long to search for (more than "
-            f"{_SEARCH_LIMIT_S * 1000:g} ms, or {_SEARCH_S_PER_TOKEN * 1000:g} ms a token for long). Write "
-            "it without repeats inside repeats, and without a repeat of anything at its start.",
+            f"{_SEARCH_LIMIT_S * 1000:g} ms, or for long more than {_SEARCH_SHARE:.0%} of the time, in all "
+            "choices and all requests that search). Write it without repeats inside repeats, and without a "
+            "repeat of anything at its start.",
             param="stop_regex",
         )
 

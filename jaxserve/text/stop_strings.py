@@ -9,6 +9,7 @@ text/output.py. Knows nothing of tokens.
 from __future__ import annotations
 
 from collections import deque
+from functools import lru_cache
 
 START = 0  # the state in which no stop string has begun
 
@@ -62,3 +63,9 @@ class StopStrings:
                 if self.found[child] is None:
                     self.found[child] = self.found[self._fallback[child]]
                 waiting.append(child)
+
+
+@lru_cache(maxsize=8)  # the choices of a call ask for the same; one takes up to 4 MB
+def build_stop_strings(stops: tuple[str, ...]) -> StopStrings:
+    """The automaton of these strings, which all who ask for it share."""
+    return StopStrings(stops)

@@ -15,6 +15,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer, models
 from tokenizers.decoders import Decoder
 
 from jaxserve.errors import WeightError
@@ -102,7 +103,34 @@ def read_spelling(decoder: Decoder | None) -> Spelling:
     )
 
 
+def measure_longest_token(backend: Tokenizer) -> int | None:
+    """The most bytes of a text that one token can stand for; None where a tokenizer drops or joins some.
+
+    It is known of byte-level BPE that keeps every byte (of a text that Unicode composition leaves alone).
+    """
+    model, normalizer, pre_tokenizer = backend.model, backend.normalizer, backend.pre_tokenizer
+    if not isinstance(model, models.BPE) or model.continuing_subword_prefix or model.end_of_word_suffix:
+        return None
+    if pre_tokenizer is None or backend.truncation is not None:
+        return None
+    if normalizer is not None and json.loads(normalizer.__getstate__())["type"] != "NFC":
+        return None
+    steps = _flatten_steps(json.loads(pre_tokenizer.__getstate__()))
+    kinds = {step["type"] for step in steps}
+    if "ByteLevel" not in kinds or kinds - {"ByteLevel", "Split", "Digits"}:
+        return None
+    if any(step.get("behavior") == "Removed" for step in steps):
+        return None
+    added = backend.get_added_tokens_decoder().values()
+    vocab = backend.get_vocab(with_added_tokens=False)
+    if any(token.lstrip or token.rstrip for token in added) or not vocab.keys() >= BYTE_OF_CHAR.keys():
+        return None
+    longest_added = max((len(token.content.encode("utf-8")) for token in added), default=0)
+    return max(longest_added, max(map(len, vocab)))
+
+
 def _flatten_steps(state: dict) -> list[dict]:
     if state["type"] == "Sequence":
-        return [step for nested in state["decoders"] for step in _flatten_steps(nested)]
+        nested = state.get("decoders") or state.get("pretokenizers") or []
+        return [step for part in nested for step in _flatten_steps(part)]
     return [state]

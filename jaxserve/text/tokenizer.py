@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from jaxserve.errors import ConfigError, InvalidRequestError
-from jaxserve.text.token_spelling import CHAR_OF_BYTE, read_spelling, show_bytes
+from jaxserve.text.token_spelling import CHAR_OF_BYTE, measure_longest_token, read_spelling, show_bytes
 
 BYTES_PATH = "bytes"  # the tokenizer path that asks for `byte_tokenizer`
 BYTES_CHAT_TEMPLATE = (
@@ -58,6 +58,8 @@ class Tokenizer:
         self._added = {token_id: token.content for token_id, token in added_tokens.items()}
         self._bytes: dict[int, bytes] = {}  # filled as tokens are met; a pure function of the id
         self._texts: dict[int, str] = {}  # the same, as they are shown on their own
+        self._longest_token = measure_longest_token(backend)
+        self._keeps_unicode = backend.normalizer is None
         self._prefix_ids = list(prefix_ids)
         self._suffix_ids = list(suffix_ids)
         self.bos_id = bos_id
@@ -86,15 +88,14 @@ class Tokenizer:
         Raises InvalidRequestError if the text is not valid Unicode.
         """
         _require_unicode(text)
-        ids = self._backend.encode(text, add_special_tokens=False).ids
-        return self._surround(ids) if add_special_tokens else ids
+        return self.encode_batch([text], add_special_tokens)[0]
 
     def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int] | None]]:
         """`encode` with special tokens, and for each id the characters [start, end) of `text` that it comes
         from, as the tokenizers library counts them: tokens that share a character both have it. None for
         what is put around a prompt. text/selectors.py makes exact bytes of it."""
         _require_unicode(text)
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encode_one(text)
         before: list[tuple[int, int] | None] = [None] * len(self._prefix_ids)
         return self._surround(encoding.ids), before + encoding.offsets + [None] * len(self._suffix_ids)
 
@@ -106,7 +107,7 @@ class Tokenizer:
         before it."""
         _require_unicode(text)
         lead = _LEAD if is_continued and self.strips_first_space else ""
-        encoding = self._backend.encode(lead + text, add_special_tokens=False)
+        encoding = self._encode_one(lead + text)
         pairs = [(token_id, span) for token_id, span in zip(encoding.ids, encoding.offsets, strict=True)]
         pairs = [(token_id, span) for token_id, span in pairs if span[1] > len(lead)] if lead else pairs
         hidden_ids = hidden_ids | self.special_ids
@@ -173,6 +174,16 @@ class Tokenizer:
         """The id of the special token spelled exactly `text`, if there is one."""
         token_id = self._backend.token_to_id(text)
         return token_id if token_id in self.special_ids else None
+
+    def count_least(self, text: str) -> int:
+        """The fewest tokens that `text` can have, told from its length alone; 0 where that tells nothing."""
+        if self._longest_token is None or not (text.isascii() or self._keeps_unicode):
+            return 0
+        return -(-len(text.encode("utf-8", "surrogatepass")) // self._longest_token)
+
+    def _encode_one(self, text: str) -> tokenizers.Encoding:
+        # As a batch: only that lets other threads run meanwhile.
+        return self._backend.encode_batch([text], add_special_tokens=False)[0]
 
     def _surround(self, ids: list[int]) -> list[int]:
         return [*self._prefix_ids, *ids, *self._suffix_ids]

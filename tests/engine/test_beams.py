@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -14,9 +15,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from jaxserve.engine.meter import Meter
 from jaxserve.models.interface import KVLayer
-from jaxserve.scheduler.state import check_integrity
-from jaxserve.types import BeamResult, ScoreParams, TokenDelta, TokenParams
+from jaxserve.runner.programs import Programs
+from jaxserve.scheduler.plan import StepPlan
+from jaxserve.scheduler.state import check_integrity, new_state
+from jaxserve.types import BeamResult, FinishReason, ScoreParams, TokenDelta, TokenParams
 from tests.engine.running_engine import finish_of, start_tiny_engine, token_ids
 from tests.engine.test_engine import run
 from tests.models.forward import PAGE_SIZE, load_model, make_batch
@@ -133,6 +137,61 @@ def test_the_beams_are_those_of_a_plain_search_over_the_models_logits(folder, ra
             check_integrity(engine.loop.scheduler_state)
 
     run(scenario())
+
+
+@pytest.mark.parametrize("missing", ["forks", "rows"])
+def test_a_search_whose_program_cannot_be_compiled_is_told_so(folder, missing, monkeypatch):
+    may_fail = threading.Event()
+    compile_forks, compile_one = Programs.compile_forks, Programs.compile_one
+
+    def fail() -> None:
+        assert may_fail.wait(60)
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+
+    def compile_forks_or_fail(programs):
+        return fail() if missing == "forks" else compile_forks(programs)
+
+    def compile_one_or_fail(programs, shape):
+        return fail() if missing == "rows" and shape.num_rows > 1 else compile_one(programs, shape)
+
+    monkeypatch.setattr(Programs, "compile_forks", compile_forks_or_fail)
+    monkeypatch.setattr(Programs, "compile_one", compile_one_or_fail)
+
+    async def search(engine, rid: str) -> None:
+        finish = finish_of(await engine.generate(rid, [5, 6], **searching(8, 4)))
+        assert (finish.kind, finish.http_status) == ("abort", 503)
+        assert "beam_width 8 cannot be served" in finish.message
+
+    async def scenario():
+        async with start_tiny_engine(folder, NAME, **FEW_PROGRAMS) as engine:
+            early = asyncio.create_task(search(engine, "early"))
+            assert len(token_ids(await engine.generate("plain", [7, 8], max_new_tokens=4))) == 4
+            assert not early.done()
+            may_fail.set()
+            await early
+            await search(engine, "late")
+            assert len(token_ids(await engine.generate("after", [7, 8], max_new_tokens=4))) == 4
+            check_integrity(engine.loop.scheduler_state)
+
+    run(scenario())
+
+
+def test_throughput_counts_the_tokens_of_beams():
+    meter = Meter()
+    meter._window_start_s -= 2.0
+    beam = BeamResult(
+        token_ids=[5, 6, 7], scores=[], cumulative_logprob=-1.0, finish=FinishReason(kind="length")
+    )
+    delta = TokenDelta(
+        rid="r",
+        token_ids=[],
+        num_prompt_tokens=2,
+        num_cached_tokens=0,
+        num_output_tokens=6,
+        beams=[beam, beam],
+    )
+    meter.finish(StepPlan(0, (), (), ()), [delta], new_state(num_pages=4, page_size=8, max_rows=2))
+    assert 2.0 < meter.gen_throughput <= 3.0  # 6 tokens in 2 s
 
 
 def texts_of(deltas: list[TokenDelta]) -> list[list[int]]:

@@ -128,7 +128,7 @@ def test_a_sleep_goes_on_though_its_caller_leaves_and_a_second_one_is_refused():
         sleeping.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await sleeping
-        with pytest.raises(UnavailableError, match="going to sleep"):
+        with pytest.raises(UnavailableError, match="already going to sleep; ask again"):
             await sleep(engine)
         with pytest.raises(UnavailableError, match="going to sleep"):
             await engine.client.resume_memory(MEMORY_TAGS)
@@ -200,6 +200,19 @@ def test_a_shutdown_ends_what_a_pause_would_hold_for_ever():
         for refused in (sleep(engine), engine.client.resume(), engine.client.pause("abort")):
             with pytest.raises(UnavailableError, match="shutting down"):
                 await refused
+
+    run(scenario())
+
+
+def test_so_does_a_pause_that_stands_only_after_the_shutdown_began():
+    async def scenario():
+        engine = ScriptedEngine()
+        request = await open_request(engine)
+        engine.client.drain()
+        await asyncio.sleep(0.05)
+        assert not request.done()
+        engine.client.handle(StepOutput([], replace(engine.client.stats, is_paused=True)))
+        assert end_of(await request)[:2] == ("abort", 503)
 
     run(scenario())
 

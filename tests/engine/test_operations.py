@@ -188,6 +188,7 @@ def test_a_pause_stands_still_and_what_it_keeps_goes_on_the_same(tmp_path):
         assert client.stats.is_paused
         assert client.stats.num_steps == paused.num_steps
         assert client.heartbeat_age_s < 0.6
+        assert await client.pause("wait") == kept[0]  # stands still already: nothing to wait for
         await client.resume()
         answers = await crowd
         if mode == "abort":

@@ -138,6 +138,17 @@ def test_fewer_alternatives_than_beams_are_all_kept():
     assert [beam.token_ids for beam in delta.beams] == [[1, 1], [2, 1], [1, 2], [2, 2]]
 
 
+def test_results_tell_as_many_alternatives_as_are_wanted():
+    state = new_state(num_pages=50, page_size=PAGE, max_rows=8)
+    params = searching(2, max_new_tokens=1)
+    assert params.scores is not None
+    params = replace(params, scores=replace(params.scores, num_told=1))
+    add(state, rid="a", prompt_ids=[1] * 5, params=params)
+    _, deltas = advance(state, row_of(t3=-0.5, t7=-1.5))
+    found = [(beam.token_ids, beam.scores[0].logprob, beam.scores[0].top_ids) for beam in deltas[0].beams]
+    assert found == [([3], -0.5, [3]), ([7], -1.5, [3])]
+
+
 def test_a_row_without_numbers_ends_the_search_and_nobody_else():
     state = new_state(num_pages=40, page_size=PAGE, max_rows=8)
     start_three_beams(state)

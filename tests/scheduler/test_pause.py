@@ -47,6 +47,19 @@ def test_nothing_new_begins_while_what_has_begun_comes_to_its_end():
     assert run_to_end(state)[-1].rid == "new"
 
 
+def test_a_request_keeps_its_own_salt_whenever_it_goes_back():
+    """It runs through the first exchange of weights, is sent back after it, and waits during the second."""
+    state = new_state(num_pages=50, page_size=PAGE, max_rows=2)
+    params = TokenParams(max_new_tokens=8)
+    for rid, salt in (("hers", "secret"), ("odd", "x|y")):
+        add(state, rid=rid, prompt_ids=[1] * 9, params=params, cache_salt=salted(salt, 0))
+    run_step(state)
+    forget_cache(state, 1)
+    retract_all(state)
+    forget_cache(state, 2)
+    assert [seq.cache_salt for seq in state.waiting] == [salted("secret", 2), salted("x|y", 2)]
+
+
 def test_pages_of_earlier_weights_are_not_found_by_those_who_wait_or_come_later():
     state = new_state(num_pages=50, page_size=PAGE, max_rows=1)
     params = TokenParams(max_new_tokens=8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -53,6 +54,16 @@ def test_health_generate_gives_up_and_leaves_nothing_behind():
     assert response.status_code == 503
     assert "no token within 0.05 s" in response.json()["message"]
     assert len(engine.left) == 1
+
+
+def test_health_generate_is_one_token_for_all_who_ask():
+    engine = FakeEngine(delay_s=0.3)
+    with open_client(engine) as client, ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(client.get, ["/health_generate"] * 4))
+        assert len(engine.submitted) == 1
+        assert client.get("/health_generate").status_code == 200
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert len(engine.submitted) == 2
 
 
 def test_models():

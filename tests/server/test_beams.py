@@ -40,6 +40,7 @@ def test_the_engine_is_asked_for_one_greedy_search_with_a_candidate_a_beam():
     assert [item.rid for item in engine.submitted][:3] == ["r"] * 3
     scores = [scores_asked(engine, order) for order in range(5)]
     assert [(item.num_top, item.of_output) for item in scores] == [(num, True) for num in (3, 3, 3, 7, 3)]
+    assert scores[4].num_told == 1  # of the three that the search needs
 
 
 def test_chat_has_a_choice_a_beam_best_first_and_counts_them_all():
@@ -100,6 +101,7 @@ def test_completions_answer_each_prompt_with_all_its_beams():
         "total_tokens": 17,
         "completion_tokens": 14,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": None,
         "reasoning_tokens": 0,
     }
 

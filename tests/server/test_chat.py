@@ -44,6 +44,7 @@ def test_reply_has_the_quickstarts_keys_in_their_order():
             "total_tokens": 59,
             "completion_tokens": 7,
             "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": None,
             "reasoning_tokens": 0,
         },
         "metadata": {"weight_version": "default"},

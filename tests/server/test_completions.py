@@ -31,6 +31,7 @@ def test_reply_has_every_key():
             "total_tokens": 7,
             "completion_tokens": 4,
             "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": None,
             "reasoning_tokens": 0,
         },
         "metadata": {"weight_version": "default"},

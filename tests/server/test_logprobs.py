@@ -142,11 +142,17 @@ def test_generate_has_null_for_what_is_not_a_number():
     ("extra", "field", "sentence"),
     [
         ({"logprob_start_len": 4}, "logprob_start_len", "at most the number of prompt tokens (3), got 4."),
-        ({"logprob_start_len": -2}, "logprob_start_len", "logprob_start_len must be at least 0, got -2."),
+        (
+            {"logprob_start_len": -2},
+            "logprob_start_len",
+            "logprob_start_len must be -1 or at least 0, got -2.",
+        ),
         ({"top_logprobs_num": 129}, "top_logprobs_num", "must be between 0 and 128, got 129."),
         ({"top_logprobs_num": -1}, "top_logprobs_num", "must be between 0 and 128, got -1."),
         ({"token_ids_logprob": [[1]]}, "token_ids_logprob", "must be a flat list of integers"),
         ({"token_ids_logprob": [1, [2]]}, "token_ids_logprob", "must be a flat list of integers"),
+        ({"token_ids_logprob": [None]}, "token_ids_logprob", "must be a flat list of integers"),
+        ({"token_ids_logprob": [1, None]}, "token_ids_logprob", "must be a flat list of integers"),
         (
             {"token_ids_logprob": [512]},
             "token_ids_logprob",

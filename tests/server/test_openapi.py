@@ -32,6 +32,10 @@ def test_every_route_is_described_and_every_description_is_a_route():
         for method in route.methods
     }
     assert served == {(route.path, method) for route in ROUTES for method in route.methods}
+    orders = {
+        f"/{route.path}" for route in app.router.routes if getattr(route.ctx, "is_for_operators", False)
+    }
+    assert orders == {route.path for route in ROUTES if route.is_for_operators}
 
 
 def test_document_is_sound(client):

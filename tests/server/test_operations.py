@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from jaxserve.server.access import _is_own_origin
 from jaxserve.types import KV_CACHE, WEIGHTS, EngineStats
 from tests.fakes import FAKE_INFO, FakeEngine, open_client
 
@@ -266,11 +267,74 @@ def test_operators_may_have_a_key_of_their_own(keys, given, ordinary, operators)
         assert client.post("/generate", json={"text": "a"}, headers=headers).status_code == ordinary
         assert client.get("/is_sleeping", headers=headers).status_code == ordinary
         assert client.get("/v1/loads", headers=headers).status_code == ordinary
-        for path, body in {**ORDERS, "/flush_cache": {}, "/abort_request": {"rid": "x"}}.items():
+        by_id = client.post("/abort_request", json={"rid": "x"}, headers=headers)
+        assert by_id.status_code == ordinary
+        for path, body in {**ORDERS, "/flush_cache": {}, "/abort_request": {"abort_all": True}}.items():
             response = client.post(path, json=body, headers=headers)
             assert response.status_code == operators, path
             client.post("/wake_up", headers=headers)
         assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "allowed", "status"),
+    [
+        ({}, ("*",), 200),
+        ({"origin": "http://evil.example"}, ("*",), 403),
+        ({"origin": "null"}, ("*",), 403),
+        ({"origin": "http://HOST:1"}, ("*",), 403),
+        ({"sec-fetch-site": "cross-site"}, ("*",), 403),
+        ({"sec-fetch-site": "same-site"}, ("*",), 403),
+        ({"sec-fetch-site": "none"}, ("*",), 200),
+        ({"origin": "http://HOST", "sec-fetch-site": "same-origin"}, (), 200),
+        ({"origin": "http://a.example", "sec-fetch-site": "cross-site"}, ("http://a.example",), 200),
+    ],
+)
+def test_foreign_web_pages_give_no_orders(headers, allowed, status):
+    engine = FakeEngine()
+    with open_client(engine, allowed_origins=allowed) as client:
+        host = client.base_url.netloc.decode()
+        headers = {name: value.replace("HOST", host) for name, value in headers.items()}
+        form = {"content-type": "text/plain", **headers}
+        answers = [
+            client.get("/release_memory_occupation", headers=headers),
+            client.post("/wake_up", headers=form),
+            client.post("/flush_cache", headers=form),
+            client.post("/abort_request", content=b'{"abort_all": true}', headers=form),
+        ]
+        assert client.post("/generate", json={"text": "a"}, headers=headers).status_code == 200
+        assert client.get("/is_sleeping", headers=headers).status_code == 200
+    assert [answer.status_code for answer in answers] == [status] * 4
+    if status == 403:
+        assert engine.operations == []
+        told = answers[0].json()
+        assert (told["type"], told["status"]) == ("PermissionDeniedError", "PERMISSION_DENIED")
+        assert "may not call /release_memory_occupation" in told["message"]
+        assert "--allowed-origins" in told["message"]
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "is_own"),
+    [
+        ("https://a.example", "a.example:443", True),
+        ("http://A.example:80", "a.example", True),
+        ("http://a.example", "a.example:443", False),
+        ("http://[::1]:30000", "[::1]:30000", True),
+        ("", "", False),
+    ],
+)
+def test_a_page_is_our_own_if_host_and_port_are(origin, host, is_own):
+    assert _is_own_origin(origin, host) is is_own
+
+
+def test_a_sleep_of_two_levels_at_once_is_refused():
+    engine = FakeEngine()
+    with open_client(engine) as client:
+        response = client.post("/sleep?level=1", json={"master_status": 2})
+        assert response.status_code == 400
+        assert "master_status 2 contradicts ?level=1" in response.json()["message"]
+        assert client.post("/sleep?level=1", json={"master_status": "LIGHT_SLEEP"}).status_code == 200
+    assert len(engine.operations) == 1
 
 
 STATS = EngineStats(

@@ -253,3 +253,18 @@ def test_the_log_holds_ids_and_counts_and_nothing_of_the_prompt(caplog):
     assert "200 request_id=r2 sample_id=none match_count=0 model=fake-model" in lines[1]
     assert "400 request_id=r3 sample_id=0..98 match_count=99 model=fake-model" in lines[2]
     assert not any(word in caplog.text for word in ("sesame", "private"))
+
+
+def test_a_text_that_cannot_fit_is_refused_by_its_length_but_not_where_nothing_matches(client):
+    """The longest token of the fake tokenizer has 7 bytes and its context 256 tokens."""
+    sentence = "The input (at least 286 tokens) is longer than the model's context length (256 tokens)."
+    for path, body in (
+        ("/v1/sample", {**BODY, "prompt": "<e>" + "a" * 1997}),
+        ("/generate", {"text": "a" * 2000}),
+        ("/v1/completions", {"prompt": ["a", "a" * 2000]}),
+    ):
+        response = client.post(path, json=body)
+        assert (response.status_code, response.json()["message"]) == (400, sentence)
+    unmatched = client.post("/v1/sample", json={**BODY, "prompt": "a" * 2000}).json()
+    assert unmatched["choices"] == []
+    assert unmatched["usage"]["prompt_tokens"] == 2000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import msgspec
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from jaxserve.errors import InvalidRequestError
 from jaxserve.server.decode import decode_body
 from jaxserve.server.sampling import (
+    fit_to_prompt,
     for_choice,
     read_native_sampling,
     read_preferred,
+    read_seed,
     to_token_params,
 )
 from jaxserve.server.schemas import SamplingBody
@@ -22,14 +25,9 @@ from jaxserve.types import SamplingParams, ScoreParams
 
 
 def to_engine(sampling: SamplingParams, max_new_tokens: int = 10):
-    return to_token_params(
-        sampling,
-        max_new_tokens=max_new_tokens,
-        eos_ids=(2, 3),
-        vocab_size=100,
-        draw=Random(0),
-        num_prompt_tokens=5,
-    )
+    shared = to_token_params(sampling, eos_ids=(2, 3), vocab_size=100)
+    params = fit_to_prompt(shared, sampling, max_new_tokens=max_new_tokens, num_prompt_tokens=5)
+    return replace(params, seed=read_seed(sampling, Random(0)))
 
 
 def test_nothing_given_is_sglangs_defaults_and_so_is_null():
@@ -111,10 +109,11 @@ def test_scores_are_of_the_output_and_of_the_rows_before_the_prompt_tokens_asked
     )
 
 
-@pytest.mark.parametrize(("logprobs", "num_top"), [(None, 4), (0, 4), (9, 9)])
-def test_a_search_needs_a_candidate_a_beam_whatever_is_shown(logprobs, num_top):
+@pytest.mark.parametrize(("logprobs", "num_top", "num_told"), [(None, 4, 0), (0, 4, 0), (9, 9, 9)])
+def test_a_search_needs_a_candidate_a_beam_whatever_is_shown(logprobs, num_top, num_told):
     params = to_engine(SamplingParams(beam_width=4, temperature=0, logprobs=logprobs))
-    assert (params.beam_width, params.scores) == (4, ScoreParams(of_output=True, num_top=num_top))
+    assert params.beam_width == 4
+    assert params.scores == ScoreParams(of_output=True, num_top=num_top, num_told=num_told)
     assert to_engine(SamplingParams(beam_width=0)).beam_width == 1
 
 
@@ -154,3 +153,13 @@ def test_constraints_are_refused_never_ignored(name):
     with pytest.raises(InvalidRequestError, match=f"{name} is not supported") as caught:
         read_native_sampling(msgspec.convert({name: "x"}, SamplingBody))
     assert caught.value.param == name
+
+
+def test_stop_strings_have_a_most_length_each_and_in_all():
+    SamplingParams(stop=("a" * 1024,) * 8).validate()
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(stop=("b", "a" * 1025)).validate()
+    assert str(caught.value) == "stop must be strings of at most 1024 characters each, got one of 1025."
+    with pytest.raises(InvalidRequestError) as caught:
+        SamplingParams(stop=("a" * 1024,) * 8 + ("b",)).validate()
+    assert str(caught.value) == "stop must be at most 8192 characters in all, got 8193."

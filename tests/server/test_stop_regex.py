@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
-from tests.fakes import FakeEngine, open_client
+from jaxserve.metrics import ServerMetrics
+from jaxserve.server.generation import Generator, Job, new_rid
+from jaxserve.server.settings import ServerSettings
+from jaxserve.text.stop_regex import SearchAllowance
+from jaxserve.types import SamplingParams
+from tests.fakes import FakeEngine, make_text_tools, open_client
 from tests.server.events import read_events
 
 HOSTILE = "(?:a|aa)+[cd]"  # exponential in the number of a's before the b
@@ -49,3 +56,21 @@ def test_a_pattern_that_takes_too_long_ends_its_own_request_with_a_reason():
         assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "Step "
         assert (last["error"]["code"], last["error"]["param"]) == (400, "stop_regex")
         assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+
+
+def test_all_choices_and_prompts_of_a_call_have_one_allowance_and_other_calls_another():
+    engine = FakeEngine()
+    settings = ServerSettings(served_model_name="fake-model", model_path="fake/model")
+    metrics = ServerMetrics("fake-model", lambda: engine.stats, lambda: engine.info, lambda: 0.0)
+    generator = Generator(engine, make_text_tools(), settings, metrics)
+    sampling = SamplingParams(n=3, stop_regex=("x",))
+
+    async def open_call() -> list[SearchAllowance]:
+        jobs = [Job(rid=new_rid(), prompt="a", prompt_field="text", sampling=sampling) for _ in range(2)]
+        async with generator.open(jobs) as run:
+            return [sequence.allowance for sequence in run.sequences]
+
+    first, second = asyncio.run(open_call()), asyncio.run(open_call())
+    assert len(first) == 6
+    assert all(allowance is first[0] for allowance in first)
+    assert second[0] is not first[0]

@@ -11,13 +11,17 @@ import re
 import pytest
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.text.stop_regex import PatternMatch, StopRegex, check_stop_regex
+from jaxserve.text.stop_regex import PatternMatch, SearchAllowance, StopRegex, check_stop_regex
 
 
-def feed(patterns: tuple[str, ...], tokens: list[str]) -> tuple[PatternMatch | None, list[int]]:
-    """The match and, after each token before it, how much text is settled."""
-    search, settled = StopRegex(patterns), []
+def feed(
+    patterns: tuple[str, ...], tokens: list[str], token_s: float = 0.0
+) -> tuple[PatternMatch | None, list[int]]:
+    """The match and, after each token before it, how much text is settled. A token comes each `token_s`."""
+    clock = Clock()
+    search, settled = StopRegex(patterns, SearchAllowance(now=clock)), []
     for token in tokens:
+        clock.now_s += token_s
         match = search.push(token)
         if match is not None:
             return match, settled
@@ -115,4 +119,37 @@ def test_a_pattern_that_takes_too_long_ends_its_own_request_and_soon(pattern, to
 @pytest.mark.parametrize("pattern", ["foo", "(?s).*foo", r"\b(?:User|Human):", r"(?i)final answer: .*\."])
 def test_ordinary_patterns_stay_within_their_allowance_over_a_long_reply(pattern):
     words = random.Random(0).choices([" the", " cat", " sat", " on", ".\n", " a", " mat"], k=4000)
-    assert feed((pattern,), words)[0] is None
+    assert feed((pattern,), words, token_s=0.002)[0] is None
+
+
+class Clock:
+    """A clock that a test moves."""
+
+    def __init__(self):
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_the_replies_of_a_call_share_one_allowance_that_grows_with_time():
+    clock = Clock()
+    allowance = SearchAllowance(now=clock)
+    allowance.spend(0.1)
+    replies = [StopRegex((pattern,), allowance) for pattern in ("foo", "bar")]
+    for reply in replies:
+        with pytest.raises(InvalidRequestError, match="or for long more than 20% of the time"):
+            reply.push("a")
+    clock.now_s = 0.2
+    assert allowance.read_left_s() == pytest.approx(0.04)
+    assert [reply.push("a") for reply in replies] == [None, None]
+    clock.now_s = 9.0
+    assert allowance.read_left_s() == pytest.approx(0.1)  # what is not used is not saved up
+
+
+def test_calls_that_search_at_once_divide_the_share():
+    clock = Clock()
+    allowance = SearchAllowance(lambda: 4, clock)
+    allowance.spend(0.1)
+    clock.now_s = 1.0
+    assert allowance.read_left_s() == pytest.approx(0.05)

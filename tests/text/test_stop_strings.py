@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxserve.text.stop_strings import START, StopStrings
+from jaxserve.text.stop_strings import START, StopStrings, build_stop_strings
 
 FEW_LETTERS = st.text("ab", max_size=5)
 
@@ -38,3 +38,7 @@ def test_the_work_is_bounded_by_the_new_text_not_by_the_stop_string():
 def test_an_empty_stop_string_is_no_stop_string():
     assert StopStrings(("",)).is_empty
     assert StopStrings(()).is_empty
+
+
+def test_the_choices_of_a_call_share_one_automaton():
+    assert build_stop_strings(("ab", "c")) is build_stop_strings(("ab", "c"))

@@ -8,9 +8,10 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
 
 from jaxserve.errors import ConfigError, InvalidRequestError
-from jaxserve.text.tokenizer import byte_tokenizer, load_tokenizer
+from jaxserve.text.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece"])
@@ -109,3 +110,32 @@ def test_serving_text_needs_neither_transformers_nor_arrays():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_the_fewest_tokens_of_a_text_follow_from_its_length_where_each_byte_is_in_a_token(
+    byte_level, sentencepiece
+):
+    longest = len("<|eos|>")  # also what a byte tokenizer's longest entry, "<|299|>", has
+    for text in ("", "a", "é" * 50, "<|eos|>" * 9):
+        least = byte_level.count_least(text)
+        assert least == -(-len(text.encode()) // longest)
+        assert least <= len(byte_level.encode(text))
+    assert sentencepiece.count_least("a" * 999) == 0  # its normaliser may shorten a text
+
+
+def test_a_text_that_a_tokenizer_shortens_has_no_fewest_tokens():
+    def count_least(text, **changes):
+        backend = byte_tokenizer(300)._backend
+        for name, part in changes.items():
+            setattr(backend, name, part)
+        return Tokenizer(backend, bos_id=None, eos_ids=()).count_least(text)
+
+    dropping = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel()])
+    removing = pre_tokenizers.Sequence([pre_tokenizers.Split(" ", "removed"), pre_tokenizers.ByteLevel()])
+    assert count_least("a" * 70) == 10
+    assert count_least("a" * 70, normalizer=normalizers.Strip()) == 0
+    assert count_least("a" * 70, pre_tokenizer=dropping) == 0
+    assert count_least("a" * 70, pre_tokenizer=removing) == 0
+    composing = normalizers.NFC()
+    assert count_least("a" * 70, normalizer=composing) == 10
+    assert count_least("e\u0301" * 70, normalizer=composing) == 0
