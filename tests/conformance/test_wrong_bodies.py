@@ -28,7 +28,7 @@ class Wire:
     """One kept connection. A server that closes it without an answer fails the test."""
 
     def __init__(self, host: str, port: int):
-        self._connection = http.client.HTTPConnection(host, port, timeout=30)
+        self._connection = http.client.HTTPConnection(host, port, timeout=120)
 
     def post(self, path: str, raw: bytes) -> tuple[int, str, bytes]:
         """Status, content type, body."""
