@@ -16,7 +16,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxserve.config import ServerConfig
 from jaxserve.engine.loop import EngineLink, EngineLoop
@@ -26,7 +25,6 @@ from jaxserve.runner.buckets import make_ladder
 from jaxserve.runner.checkpoint import Checkpoint, read_family
 from jaxserve.runner.device_state import PoolSize, kv_bytes_per_token
 from jaxserve.runner.host_memory import read_host_memory
-from jaxserve.runner.memory import live_bytes
 from jaxserve.runner.programs import use_compile_cache
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.sizing import Machine, Precision, Sizes, choose_precision, choose_sizes
@@ -65,23 +63,27 @@ def build_engine(
         random_seed=config.random_seed or 0,
         download_dir=config.download_dir,
     )
-    model = checkpoint.read_model(lambda stage, done, total: on_progress(stage, done, total, "B"))
-    param_bytes = live_bytes(nnx.split(model)[1])
-    logger.info("Load weight end. %.2f GB in %.1f s", param_bytes / 1e9, time.perf_counter() - start_s)
     kv_dtype = jnp.dtype(precision.kv_dtype)
     sizes = choose_sizes(
         config,
         machine,
         precision,
         model_context=cfg.max_context,
-        param_bytes=param_bytes,
+        param_bytes=checkpoint.count_bytes(),
         kv_bytes_per_token=kv_bytes_per_token(cfg, kv_dtype),
         slot_bytes=8 * cfg.vocab_size,
     )
-    runner = _make_runner(model, cfg, sizes, kv_dtype, checkpoint)
-    runner.warm_up(lambda done, total: on_progress("Compiling", done, total, "programs"))
+    max_drafts = config.speculative_num_draft_tokens if config.speculative_algorithm == "ngram" else 0
+    runner = _load_runner(checkpoint, sizes, kv_dtype, max_drafts, on_progress)
     runner.programs.compile_rest(on_done=lambda: _finish_warm_up(runner))
-    state = new_state(sizes.num_pages, sizes.page_size, sizes.max_rows, not config.disable_radix_cache)
+    state = new_state(
+        sizes.num_pages,
+        sizes.page_size,
+        sizes.max_rows,
+        use_prefix_cache=not config.disable_radix_cache,
+        prefers_cached=config.schedule_policy == "lpm",
+        max_drafts=max_drafts,
+    )
     loop = EngineLoop(
         runner,
         runner,
@@ -144,17 +146,32 @@ def checkpoint_bits(files: ModelFiles, specs: list) -> float:
     return 8 * sum(path.stat().st_size for path in files.files) / num_weights
 
 
-def _make_runner(model, cfg, sizes: Sizes, kv_dtype: jnp.dtype, checkpoint: Checkpoint) -> ModelRunner:
+def _load_runner(
+    checkpoint: Checkpoint, sizes: Sizes, kv_dtype: jnp.dtype, max_drafts: int, on_progress: OnProgress
+) -> ModelRunner:
+    """Read the weights while the pool is allocated and the first programs compile, which needs their shapes
+    only."""
     pool = PoolSize(
         num_pages=sizes.num_pages,
         page_size=sizes.page_size,
         num_slots=sizes.max_rows,
         table_width=sizes.table_width,
     )
+    # A draft has a row for each of its tokens, whatever the number of slots.
     ladder = make_ladder(
-        max_rows=sizes.max_rows, max_tokens=sizes.chunk_tokens, min_rows=sizes.min_rows, mixes=sizes.mixes
+        max_rows=max(sizes.max_rows, 1 + max_drafts),
+        max_tokens=sizes.chunk_tokens,
+        min_rows=sizes.min_rows,
+        mixes=sizes.mixes,
     )
-    return ModelRunner(model, cfg, pool, kv_dtype, ladder, checkpoint)
+    runner = ModelRunner(checkpoint.describe_model(), checkpoint.cfg, pool, kv_dtype, ladder, checkpoint)
+    runner.programs.begin()
+    start_s = time.perf_counter()
+    runner.load(lambda stage, done, total: on_progress(stage, done, total, "B"))
+    num_bytes = checkpoint.count_bytes()
+    logger.info("Load weight end. %.2f GB in %.1f s", num_bytes / 1e9, time.perf_counter() - start_s)
+    runner.warm_up(lambda done, total: on_progress("Compiling", done, total, "programs"))
+    return runner
 
 
 def _finish_warm_up(runner: ModelRunner) -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from jaxserve import __version__
 from jaxserve.config import FIELDS, MASK, ServerConfig, flag_of
+from jaxserve.engine_process import EngineProcess
 from jaxserve.errors import ConfigError, WeightError
 from jaxserve.flags import LaunchOptions, build_parser, load_config, shipped_configs
 from jaxserve.log import set_up_logging
@@ -73,9 +74,10 @@ def launch(argv: list[str]) -> int:
     options = load_config(argv)
     set_up_logging(options.config.log_level, options.config.log_level_http)
     log_warnings(options)
+    engine = EngineProcess()  # imports jax while we import the server
     from jaxserve.launch import run
 
-    return run(options.config, command=["jaxserve", "launch", *mask_secrets(argv)])
+    return run(options.config, command=["jaxserve", "launch", *mask_secrets(argv)], first_engine=engine)
 
 
 def show_config(argv: list[str]) -> int:

@@ -79,7 +79,10 @@ class ServerConfig:
         choices=("auto", "none", "int8"),
     )
     kv_cache_dtype: str = _flag(
-        "Model", "keys and values in the pool", default="auto", choices=("auto", "bfloat16", "float32")
+        "Model",
+        "keys and values in the pool; int8: with a scale for each token and head",
+        default="auto",
+        choices=("auto", "bfloat16", "float32", "int8"),
     )
     context_length: int | None = _flag(
         "Model", "prompt and output tokens of one request [the model's]", default=None, low=2, is_size=True
@@ -169,6 +172,25 @@ class ServerConfig:
     )
     disable_radix_cache: bool = _flag(
         "Memory and batching", "do not reuse the prefixes of earlier prompts", default=False
+    )
+    schedule_policy: str = _flag(
+        "Memory and batching",
+        "which waiting request is next. lpm: one whose prefix is cached may go first; fcfs: by arrival",
+        default="lpm",
+        choices=("lpm", "fcfs"),
+    )
+    speculative_algorithm: str = _flag(
+        "Memory and batching",
+        "ngram: guess tokens from what the text says already, and verify several in a step",
+        default="none",
+        choices=("none", "ngram"),
+    )
+    speculative_num_draft_tokens: int = _flag(
+        "Memory and batching",
+        "tokens guessed for one sequence in a step, at most",
+        default=15,
+        low=1,
+        high=63,
     )
     random_seed: int | None = _flag(
         "Memory and batching", "seed of requests that bring none [fresh]", default=None, low=0, high=2**32 - 1
@@ -271,13 +293,16 @@ def allowed(setting: dataclasses.Field[Any]) -> str:
 
 
 def read_value(name: str, value: Any, folder: Path | None = None) -> Any:
-    """`value` as the field wants it: text is read as what it is to be, paths are resolved."""
+    """`value` as the field wants it: text is read as what it is to be, paths are resolved, and a choice may
+    be spelt in capitals."""
     setting = FIELDS[name]
     kind = kind_of(setting)
     if isinstance(value, str):
         value = _read_word(value.strip(), kind, flag_of(setting)) if kind != "str" else value
         if flag_of(setting).is_path:
             value = _resolve_path(value, folder)
+        if isinstance(value, str) and value.lower() in flag_of(setting).choices:
+            value = value.lower()
     if kind == "float" and type(value) is int:
         value = float(value)
     if kind == "Mapping" and isinstance(value, Mapping):

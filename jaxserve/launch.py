@@ -8,6 +8,7 @@ found or downloaded next, and HTTP answers (503, with the progress) while the en
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from sanic import Sanic
 
 from jaxserve.config import ServerConfig
 from jaxserve.engine.client import EngineClient
+from jaxserve.engine_process import ENGINE_COMMAND, EngineProcess
 from jaxserve.errors import ConfigError, InvalidRequestError, JaxserveError
 from jaxserve.progress import Progress
 from jaxserve.server.app import create_app
@@ -40,13 +42,33 @@ from jaxserve.weights.resolve import ModelFiles, resolve_model
 LISTEN_BACKLOG = 1024
 DRAIN_POLL_S = 0.05
 FLUSH_TIMEOUT_S = 5.0  # for answers that are ready to reach their clients at the end
-WARM_UP_TOKENS = 8
+WARM_UP_TOKENS = 2  # a prefill and a decode step; the first programs hold one row, so nobody else runs yet
+YOUNG_OBJECTS = 20_000  # between two looks of the garbage collector
 
 logger = logging.getLogger("jaxserve.launch")
 
 
-def run(config: ServerConfig, *, command: list[str]) -> int:
-    """Serve until SIGTERM or Ctrl-C; the exit status. Raises ConfigError or WeightError before serving."""
+def run(
+    config: ServerConfig,
+    *,
+    command: list[str],
+    engine_command: tuple[str, ...] = ENGINE_COMMAND,
+    first_engine: EngineProcess | None = None,
+) -> int:
+    """Serve until SIGTERM or Ctrl-C; the exit status. Raises ConfigError or WeightError before serving.
+
+    `first_engine` was started from `engine_command` before this module was imported.
+    """
+    engine = first_engine or EngineProcess(engine_command)
+    try:
+        return _serve(config, command, engine_command, engine)
+    finally:
+        engine.kill()
+
+
+def _serve(
+    config: ServerConfig, command: list[str], engine_command: tuple[str, ...], engine: EngineProcess
+) -> int:
     started_s = time.perf_counter()
     logger.info("server_args=%r", config)
     read_origins(config.allowed_origins)  # a mistake is told before anything slow
@@ -54,18 +76,31 @@ def run(config: ServerConfig, *, command: list[str]) -> int:
     listener = _listen(config.host, config.port)
     with Progress(config.log_level) as progress:
         files = find_model(config, progress)
-    tokenizer = read_tokenizer(config, files)
-    text = TextTools(tokenizer=tokenizer, chat_template=load_chat_template(config.chat_template, tokenizer))
     client = EngineClient()
-    supervisor = EngineSupervisor(config, local_model_path(files), client)
+    supervisor = EngineSupervisor(config, local_model_path(files), client, engine_command, engine)
+    tokenizer = read_tokenizer(config, files)  # while the engine loads
+    logger.info("The tokenizer is ready after %.1f s.", time.perf_counter() - started_s)
+    text = TextTools(tokenizer=tokenizer, chat_template=load_chat_template(config.chat_template, tokenizer))
     app = create_app(client, text, make_settings(config, files, command))
     app.config.GRACEFUL_SHUTDOWN_TIMEOUT = FLUSH_TIMEOUT_S
     _attach_engine(app, config, client, supervisor, tokenizer, started_s)
+    calm_collector()
     app.run(sock=listener, single_process=True, motd=False, access_log=False)
     if supervisor.failure is not None:
         print(f"jaxserve: error: {supervisor.failure}", file=sys.stderr)
         return supervisor.exit_status
     return 0
+
+
+def calm_collector() -> None:
+    """Let the garbage collector look less often, and not at what stays for good (modules, the vocabulary).
+
+    A step of 256 streams makes and frees thousands of objects without a cycle among them. Python looks at
+    every 700th by default, and now and then at all there are: 10 to 20 % of the time of a token.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(YOUNG_OBJECTS, *gc.get_threshold()[1:])
 
 
 def find_model(config: ServerConfig, progress: Progress) -> ModelFiles:

@@ -39,6 +39,7 @@ from jaxserve.server.sample import MAX_TOKENS_SHOWN, answer, make_question
 from jaxserve.server.sampling import count_choices, read_default_sampling
 from jaxserve.server.settings import TextTools
 from jaxserve.text.chat_template import load_chat_template
+from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import SamplingParams
 
 T = TypeVar("T")
@@ -97,6 +98,11 @@ class LLM:
 
     def __enter__(self) -> LLM:
         return self
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into token ids here, and back: `encode`, `token_text`."""
+        return self._tokenizer
 
     def __exit__(self, *_: object) -> None:
         self.close()

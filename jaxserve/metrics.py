@@ -6,6 +6,7 @@ histograms are fed by the HTTP side as tokens pass. Knows nothing of HTTP, of qu
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Callable, Iterable
 
@@ -16,6 +17,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
+from prometheus_client.utils import floatToGoString
 
 from jaxserve.types import QUEUE_TIME_BUCKETS_S, EngineInfo, EngineStats
 
@@ -71,9 +73,8 @@ class ServerMetrics:
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "Time to first token.", FIRST_TOKEN_BUCKETS_S
         )
-        self._next_token = self._histogram(
-            "inter_token_latency_seconds", "Time between tokens.", NEXT_TOKEN_BUCKETS_S
-        )
+        self._next_token = _TokenTimes(model_name)
+        self._registry.register(self._next_token)
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds",
             "Time of a request per output token after the first.",
@@ -112,8 +113,7 @@ class ServerMetrics:
 
     def observe_next_tokens(self, elapsed_s: float, num_tokens: int) -> None:
         """`num_tokens` arrived together, `elapsed_s` after the one before them."""
-        for _ in range(num_tokens):
-            self._next_token.observe(elapsed_s / num_tokens)
+        self._next_token.observe(elapsed_s / num_tokens, num_tokens)
 
     def observe_finish(self, elapsed_s: float, decode_s: float, num_prompt: int, num_output: int) -> None:
         """`decode_s` is the time from the first output token to the last."""
@@ -133,6 +133,32 @@ class ServerMetrics:
     def render(self) -> bytes:
         """The whole exposition, in Prometheus' text format 0.0.4."""
         return generate_latest(self._registry)
+
+
+class _TokenTimes:
+    """The histogram of the time between tokens. The library's own takes a lock and a walk over the buckets
+    for each observation, which is felt at ten thousand tokens a second; all observations come from one
+    thread."""
+
+    def __init__(self, model_name: str):
+        self._model_name = model_name
+        self._counts = [0] * (len(NEXT_TOKEN_BUCKETS_S) + 1)
+        self._sum_s = 0.0
+
+    def observe(self, elapsed_s: float, num_tokens: int) -> None:
+        self._counts[bisect.bisect_left(NEXT_TOKEN_BUCKETS_S, elapsed_s)] += num_tokens
+        self._sum_s += elapsed_s * num_tokens
+
+    def collect(self) -> Iterable[Metric]:
+        histogram = HistogramMetricFamily(
+            "sglang:inter_token_latency_seconds", "Time between tokens.", labels=["model_name"]
+        )
+        bounds = [*map(floatToGoString, NEXT_TOKEN_BUCKETS_S), "+Inf"]
+        counts = itertools.accumulate(self._counts)
+        histogram.add_metric(
+            [self._model_name], list(zip(bounds, counts, strict=True)), sum_value=self._sum_s
+        )
+        yield histogram
 
 
 class _EngineCollector:
@@ -156,6 +182,7 @@ class _EngineCollector:
             counter = CounterMetricFamily(name, text, labels=["model_name"])
             counter.add_metric([self._model_name], value)
             yield counter
+        yield self._describe_tokens(stats)
         yield self._describe_queue_time(stats)
         heartbeat = (
             "jaxserve:engine_heartbeat_age_seconds",
@@ -166,6 +193,16 @@ class _EngineCollector:
             gauge = GaugeMetricFamily(name, text, labels=["model_name"])
             gauge.add_metric([self._model_name], value)
             yield gauge
+
+    def _describe_tokens(self, stats: EngineStats) -> Metric:
+        """Where tokens came from: the model's prefill, the prefix cache, or the model's decoding."""
+        counter = CounterMetricFamily(
+            "sglang:realtime_tokens", "Tokens by how they were had.", labels=["model_name", "mode"]
+        )
+        counter.add_metric([self._model_name, "prefill_compute"], stats.num_computed_tokens)
+        counter.add_metric([self._model_name, "prefill_cache"], stats.num_cached_tokens)
+        counter.add_metric([self._model_name, "decode"], stats.num_generated_tokens)
+        return counter
 
     def _describe_queue_time(self, stats: EngineStats) -> Metric:
         histogram = HistogramMetricFamily(
@@ -184,8 +221,15 @@ def _count_series(stats: EngineStats) -> list[tuple[str, str, float]]:
         ("sglang:prompt_tokens", "Prompt tokens processed.", stats.num_prompt_tokens),
         ("sglang:generation_tokens", "Tokens generated.", stats.num_generated_tokens),
         ("sglang:cached_tokens", "Prompt tokens found in the prefix cache.", stats.num_cached_tokens),
+        (
+            "sglang:evicted_tokens",
+            "Tokens that left the prefix cache to make room.",
+            stats.num_evicted_tokens,
+        ),
         ("sglang:num_aborted_requests", "Sequences aborted.", stats.num_aborted),
         ("sglang:num_retracted_requests", "Sequences sent back to the queue.", stats.num_retractions),
+        ("jaxserve:spec_draft_tokens", "Tokens that speculation guessed.", stats.num_drafted_tokens),
+        ("jaxserve:spec_accept_tokens", "Guessed tokens that came true.", stats.num_accepted_tokens),
         ("jaxserve:steps", "Steps launched.", stats.num_steps),
         ("jaxserve:compiles", "Programs compiled or restored.", stats.num_compiles),
         ("jaxserve:late_compiles", "Programs compiled after warm-up.", stats.num_late_compiles),
@@ -202,6 +246,8 @@ def _gauge_series(stats: EngineStats, info: EngineInfo | None) -> list[tuple[str
         ("sglang:num_retracted_reqs", "Sequences waiting that have run before.", stats.num_retracted),
         ("sglang:gen_throughput", "Tokens a second, lately.", stats.gen_throughput),
         ("sglang:cache_hit_rate", "Share of prompt tokens found in the prefix cache.", hit_rate),
+        ("sglang:spec_accept_length", "Tokens of a sequence in a step.", stats.spec_accept_length),
+        ("sglang:spec_accept_rate", "Share of guessed tokens that came true.", stats.spec_accept_rate),
         ("jaxserve:num_free_pages", "Pages free or reclaimable.", stats.num_free_pages),
         ("jaxserve:num_cached_pages", "Pages held by the prefix cache alone.", stats.num_cached_pages),
         ("jaxserve:is_warm", "1 once every program is compiled.", stats.is_warm),

@@ -11,14 +11,13 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import socket
-import sys
 import time
 
 from jaxserve.config import ServerConfig
 from jaxserve.engine.client import EngineClient
 from jaxserve.engine.messages import Configure, Shutdown
-from jaxserve.engine.transport import FrameProtocol
+from jaxserve.engine.transport import FrameProtocol, encode_frame
+from jaxserve.engine_process import ENGINE_COMMAND, EngineProcess
 
 MAX_RESTARTS = 5  # without a healthy stretch in between
 HEALTHY_AFTER_S = 60.0
@@ -29,13 +28,25 @@ logger = logging.getLogger("jaxserve.launch")
 
 class EngineSupervisor:
     """Runs as a task (`run`) until `stop`; when it gave up, `failure` is the reason and `exit_status` 2
-    if that is the user's to mend (settings, files), else 1."""
+    if that is the user's to mend (settings, files), else 1. `first_engine` is a process that was started
+    before there was a model or an event loop; those that follow come from `engine_command`."""
 
-    def __init__(self, config: ServerConfig, model_path: str, client: EngineClient):
+    def __init__(
+        self,
+        config: ServerConfig,
+        model_path: str,
+        client: EngineClient,
+        engine_command: tuple[str, ...] = ENGINE_COMMAND,
+        first_engine: EngineProcess | None = None,
+    ):
+        self._engine_command = engine_command
         self._config = config
         self._model_path = model_path
         self._client = client
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: EngineProcess | None = None
+        self._is_begun = False  # whether the process has its settings and nobody listens to it yet
+        if first_engine is not None:
+            self._begin(first_engine)
         self._protocol: FrameProtocol | None = None
         self._is_stopping = False
         self.failure: str | None = None
@@ -61,7 +72,7 @@ class EngineSupervisor:
     async def stop(self) -> None:
         """End the engine: ask, then insist. One that still loads has nothing to finish."""
         self._is_stopping = True
-        if self._process is None or self._process.returncode is not None:
+        if self._process is None:
             return
         if self._protocol is not None and self._client.ready_since_s is not None:
             self._protocol.send(Shutdown())
@@ -74,8 +85,15 @@ class EngineSupervisor:
     def kill(self) -> None:
         """End the engine at once."""
         self._is_stopping = True
-        if self._process is not None and self._process.returncode is None:
+        if self._process is not None:
             self._process.kill()
+
+    def _begin(self, process: EngineProcess) -> None:
+        """Give a process its settings, so that it loads; one that is dead already is noticed later."""
+        self._process = process
+        self._is_begun = True
+        with contextlib.suppress(OSError):
+            process.connection.sendall(encode_frame(self._configure()))
 
     def _configure(self) -> Configure:
         """The settings, and the weights that were served last."""
@@ -87,25 +105,15 @@ class EngineSupervisor:
     async def _run_once(self) -> tuple[bool, float, str]:
         """One life of the engine: whether it was ever ready, for how long, why it ended."""
         loop = asyncio.get_running_loop()
-        ours, theirs = socket.socketpair()
-        # A session of its own: Ctrl-C in the terminal reaches only us, and we end it in order.
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "jaxserve.engine_main",
-            str(theirs.fileno()),
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,
-        )
-        theirs.close()
+        if not self._is_begun:
+            self._begin(EngineProcess(self._engine_command))
+        process, self._is_begun = self._process, False
+        assert process is not None
         lost = asyncio.Event()
-        _, protocol = await loop.create_connection(
-            lambda: FrameProtocol(self._client.handle, lost.set), sock=ours
-        )
-        self._protocol = protocol
-        self._client.connect(protocol.send)
-        protocol.send(self._configure())
-        code = await self._process.wait()
+        protocol = self._protocol = FrameProtocol(self._client.handle, lost.set)
+        self._client.connect(protocol.send)  # before its first words, which may be waiting already
+        await loop.create_connection(lambda: protocol, sock=process.connection)
+        code = await process.wait()
         self.exit_status = 2 if code == 2 else 1
         await lost.wait()  # so that its last words are read
         how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"

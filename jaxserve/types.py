@@ -282,6 +282,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     num_cached_tokens: int
     num_output_tokens: int
     num_retractions: int = 0
+    num_drafted: int = 0  # tokens guessed and verified (speculation), and of these the ones that came true
+    num_accepted: int = 0
     finish: FinishReason | None = None
     scores: list[TokenScores] = []
     prompt_scores: list[TokenScores] = []
@@ -332,7 +334,11 @@ class EngineStats:
     num_steps: int = 0
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
+    num_computed_tokens: int = 0  # by prefills, those of retracted requests included
+    num_evicted_tokens: int = 0  # out of the prefix cache, for want of pages
     num_generated_tokens: int = 0
+    num_drafted_tokens: int = 0  # guessed and verified by speculation
+    num_accepted_tokens: int = 0  # of those, the ones that became output
     num_retractions: int = 0
     num_aborted: int = 0
     num_finished: int = 0
@@ -353,3 +359,14 @@ class EngineStats:
     num_waiting_tokens: int = 0  # prompt tokens of those queued; at most a quarter of a second old
     queue_time_s: float = 0.0  # from arrival to admission, summed
     queue_time_counts: tuple[int, ...] = ()  # requests by QUEUE_TIME_BUCKETS_S, the last one beyond them
+
+    @property
+    def spec_accept_rate(self) -> float:
+        """The share of guessed tokens that became output."""
+        return self.num_accepted_tokens / self.num_drafted_tokens if self.num_drafted_tokens else 0.0
+
+    @property
+    def spec_accept_length(self) -> float:
+        """Tokens that a sequence gets in a step, those steps counted that verified nothing; 0 without any."""
+        num_passes = self.num_generated_tokens - self.num_accepted_tokens
+        return self.num_generated_tokens / num_passes if num_passes and self.num_drafted_tokens else 0.0

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
+from jaxserve.kernels_pallas.kv_layer import KVLayer as KVLayer  # what a forward pass is given and gives back
+
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
@@ -61,13 +63,6 @@ class StepBatch(NamedTuple):
     chunk_kv_len_C: jax.Array  # int32, start + chunk_len
     table_XW: jax.Array  # int32, page ids by slot (X slots)
     sample_token_B: jax.Array  # int32, index in T of the token whose logits row B samples
-
-
-class KVLayer(NamedTuple):
-    """One layer's part of the paged pool."""
-
-    k_PSKH: jax.Array
-    v_PSKH: jax.Array
 
 
 class ModelConfig(Protocol):

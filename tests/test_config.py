@@ -84,6 +84,15 @@ def test_sizes_may_be_written_short(tmp_path: Path, text: str, tokens: int):
     assert (config.context_length, config.max_total_tokens) == (tokens, tokens)
 
 
+def test_a_choice_may_be_spelt_in_capitals(tmp_path: Path):
+    """SGLang writes NGRAM, and so do the scripts of those who come from it."""
+    config = load_config(["--model-path", "m", "--speculative-algorithm", "NGRAM"]).config
+    assert config.speculative_algorithm == "ngram"
+    file = tmp_path / "c.yaml"
+    file.write_text("model-path: m\nspeculative-algorithm: Ngram\n")
+    assert load_config(["--config", str(file)]).config.speculative_algorithm == "ngram"
+
+
 def test_minus_one_is_a_value_not_a_flag():
     assert (
         load_config(["--model-path", "m", "--chunked-prefill-size", "-1"]).config.chunked_prefill_size == -1

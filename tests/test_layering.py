@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "config": {"errors"},
     "cuda_flags": set(),
+    "engine_process": set(),
     "flags": {"errors", "config", "cuda_flags"},
     "log": set(),
     "metrics": {"types", "errors"},

@@ -136,6 +136,8 @@ class EngineLoop:
         limits = self._runner.limits()
         if not self.operations.admits_new:
             limits = replace(limits, admits_new=False)
+        if self.scheduler_state.max_drafts:
+            limits = self.meter.costs.fill(limits)
         plan = scheduler.schedule(self.scheduler_state, limits)
         return None if plan.is_empty else plan
 

@@ -10,6 +10,7 @@ import bisect
 import logging
 import time
 
+from jaxserve.engine.costs import StepCosts
 from jaxserve.runner.memory import MemoryUse
 from jaxserve.scheduler.pause import num_retracted
 from jaxserve.scheduler.plan import StepPlan
@@ -30,6 +31,7 @@ logger = logging.getLogger("jaxserve.engine")
 
 class Meter:
     def __init__(self):
+        self.costs = StepCosts()
         self.step_gap_s = 0.0
         self.step_busy_s = 0.0
         self.gen_throughput = 0.0
@@ -60,12 +62,15 @@ class Meter:
         if is_device_idle:
             if self._last_done_s is not None:
                 self.step_gap_s += now_s - self._last_done_s
+                self.costs.add_wait(now_s - self._last_done_s)
             self._busy_since_s = now_s
 
     def finish(self, plan: StepPlan, deltas: list[TokenDelta], state: SchedulerState) -> None:
         """A step's tokens were read."""
         now_s = time.perf_counter()
         self.step_busy_s += now_s - self._busy_since_s
+        if not plan.chunks and not plan.copies:
+            self.costs.add_step(len(plan.decode), now_s - self._busy_since_s)
         self._busy_since_s = self._last_done_s = now_s
         self._window_tokens += sum(
             len(found.token_ids) for delta in deltas for found in (delta, *delta.beams)
@@ -93,7 +98,11 @@ class Meter:
             num_steps=state.num_steps,
             num_prompt_tokens=state.num_prompt_tokens,
             num_cached_tokens=state.num_cached_tokens,
+            num_computed_tokens=state.num_computed_tokens,
+            num_evicted_tokens=state.cache.num_evicted * state.page_size,
             num_generated_tokens=state.num_generated_tokens,
+            num_drafted_tokens=state.num_drafted,
+            num_accepted_tokens=state.num_accepted,
             num_retractions=state.num_retractions,
             num_aborted=state.num_aborted,
             num_finished=state.num_finished,

@@ -46,17 +46,20 @@ def make_ladder(*, max_rows: int, max_tokens: int, min_rows: int, mixes: bool) -
     """Rows: powers of two from min_rows. Tokens: powers of four from 16, and half of the largest.
 
     The first two shapes are the ones to compile before serving: a decode program of the fewest rows
-    and a prefill program; the others follow smallest first, since a person alone comes before a crowd.
+    and a prefill program. Those that let more be done at once follow: eight times the rows, the longest
+    chunk, again eight times the rows and so on, and the most rows. The others, which save time only, come
+    last, smallest first, and mixed ones after them, which save least.
     """
     rows = _powers(min_rows, max(min_rows, max_rows), 2)
     tokens = sorted({*_powers(min(16, max_tokens), max_tokens, 4), max(max_tokens // 2, 1)})
     first_tokens = next(count for count in tokens if count >= min(64, max_tokens))
     first = [Shape(rows[0], 0), Shape(0, first_tokens)]
-    rest = [Shape(count, 0) for count in rows[1:]]
-    rest += [Shape(0, count) for count in tokens if count != first_tokens]
-    rest.sort(key=lambda shape: shape.num_rows * 8 + shape.num_tokens)
+    steps = [Shape(count, 0) for count in [*rows[3::3], rows[-1]]]
+    steps.insert(1, Shape(0, tokens[-1]))
+    fills = [Shape(count, 0) for count in rows] + [Shape(0, count) for count in tokens]
+    fills.sort(key=lambda shape: shape.num_rows * 8 + shape.num_tokens)
     mixed = [Shape(max_rows, count) for count in tokens] if mixes else []
-    return Ladder(tuple(first + rest + mixed))
+    return Ladder(tuple(dict.fromkeys(first + steps + fills + mixed)))
 
 
 def split_step(num_rows: int, num_tokens: int, ready: Iterable[Shape]) -> list[Shape] | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +23,13 @@ from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.registry import find_family
 from jaxserve.runner.host_memory import read_host_memory
 from jaxserve.runner.memory import delete_arrays
-from jaxserve.weights.loader import PutArray, load_params, put_on_default_device
+from jaxserve.weights.loader import (
+    PutArray,
+    count_served_bytes,
+    describe_params,
+    load_params,
+    put_on_default_device,
+)
 from jaxserve.weights.resolve import ModelFiles, resolve_model
 
 OnProgress = Callable[[str, float, float | None], None]  # stage, done, total
@@ -84,7 +89,7 @@ class Checkpoint:
 
     def read_values(self, on_progress: OnProgress) -> list[np.ndarray]:
         """The same on the host, by leaf of that tree. Raises WeightError if the host has no room."""
-        num_bytes = self._count_bytes()
+        num_bytes = self.count_bytes()
         free_bytes = read_host_memory().free_bytes
         if num_bytes > free_bytes:
             raise WeightError(
@@ -116,13 +121,16 @@ class Checkpoint:
                 )
         return dataclasses.replace(self, files=files)
 
-    def _count_bytes(self) -> int:
-        """Of the served parameters, about."""
-        item_bytes = {"float32": 4}.get(self.dtype, 2) if self.quantization == "none" else 1
-        return sum(
-            math.prod(spec.shape) * (4 if spec.kind == "vector" else item_bytes)
-            for spec in self.family.param_specs(self.cfg)
-        )
+    def describe_model(self) -> nnx.Module:
+        """The model with shapes and types in place of its parameters, before anything is read."""
+        specs = self.family.param_specs(self.cfg)
+        params = describe_params(specs, dtype=self.dtype, quantization=self.quantization)
+        return self.family.Model(self.cfg, params, self.kernels)
+
+    def count_bytes(self) -> int:
+        """Of the served parameters."""
+        specs = self.family.param_specs(self.cfg)
+        return count_served_bytes(specs, dtype=self.dtype, quantization=self.quantization)
 
 
 def log_progress(stage: str, done: float, total: float | None) -> None:

@@ -15,10 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.models.interface import KVLayer, ModelConfig
+from jaxserve.kernels_pallas.kv_layer import KVLayer, num_k_scales
+from jaxserve.models.interface import ModelConfig
 from jaxserve.runner.sampler import COUNT_MASK, IN_PROMPT, IS_STOP
 from jaxserve.types import MAX_WATCHED_IDS, TokenParams
 
+KV_SCALE_DTYPE = jnp.float32  # of int8 pools
 LARGEST_BIAS = 1e30  # leaves room for a division by the smallest temperature
 
 
@@ -44,7 +46,11 @@ class PoolSize:
 
 
 def kv_bytes_per_token(cfg: ModelConfig, dtype: jnp.dtype) -> int:
-    return 2 * cfg.num_layers * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(dtype).itemsize
+    """What a token takes in the pools of all layers, the scales of an int8 pool included."""
+    head_bytes = 2 * cfg.head_dim * jnp.dtype(dtype).itemsize  # K and V
+    if dtype == jnp.int8:
+        head_bytes += (num_k_scales(cfg.head_dim) + 1) * jnp.dtype(KV_SCALE_DTYPE).itemsize
+    return cfg.num_layers * cfg.num_kv_heads * head_bytes
 
 
 def compile_allocation(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> Callable[[], DeviceState]:
@@ -52,10 +58,17 @@ def compile_allocation(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) ->
     num_slots = pool.num_slots + 1
 
     def zeros() -> DeviceState:
-        shape_PSKH = (pool.num_pages, pool.page_size, cfg.num_kv_heads, cfg.head_dim)
-        layer = partial(jnp.zeros, shape_PSKH, kv_dtype)
+        shape_PSK = (pool.num_pages, pool.page_size, cfg.num_kv_heads)
+        values = partial(jnp.zeros, (*shape_PSK, cfg.head_dim), kv_dtype)
+
+        def layer() -> KVLayer:
+            if kv_dtype != jnp.int8:
+                return KVLayer(values(), values())
+            k_scale_PSKQ = jnp.zeros((*shape_PSK, num_k_scales(cfg.head_dim)), KV_SCALE_DTYPE)
+            return KVLayer(values(), values(), k_scale_PSKQ, jnp.zeros(shape_PSK, KV_SCALE_DTYPE))
+
         return DeviceState(
-            kv=[KVLayer(layer(), layer()) for _ in range(cfg.num_layers)],
+            kv=[layer() for _ in range(cfg.num_layers)],
             last_token_X=jnp.zeros(num_slots, jnp.int32),
             table_XW=jnp.zeros((num_slots, pool.table_width), jnp.int32),
             edits_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.int32),

@@ -1,17 +1,25 @@
 """The only place where step programs are jitted, compiled and counted.
 
 A program is compiled ahead of time for its Shape and called as an executable, so a shape that was never
-compiled is an error here and never a silent pause. The runner compiles two, starts serving, and
-compiles the rest on a thread. Compiles are counted from jax.monitoring, so that an unexpected one
+compiled is an error here and never a silent pause. Two are compiled before serving starts, the rest
+on a thread while it serves. Compiles are counted from jax.monitoring, so that an unexpected one
 anywhere in the process shows.
+
+The first two programs may be compiled while the weights are read (`begin`): shapes are enough. On Linux the
+others compile at a lower priority: at full speed on a machine that is idle, in the gaps between steps on
+one that is not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,12 +30,20 @@ from flax import nnx
 
 from jaxserve.runner.batch import packed_size, unpack_step
 from jaxserve.runner.buckets import Ladder, Shape
-from jaxserve.runner.device_state import DeviceState, write_slot, write_watched
+from jaxserve.runner.device_state import (
+    DeviceState,
+    PoolSize,
+    compile_allocation,
+    write_slot,
+    write_watched,
+)
 from jaxserve.runner.forks import forks_shape, write_forks
 from jaxserve.runner.sampler import edit_logits, sample
 from jaxserve.runner.scores import score_prompts, score_sampled
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+NUM_FIRST = 2  # programs that serving starts with: the ladder's first two, decode and prefill
+BACKGROUND_NICENESS = 15  # of the thread that compiles the others, and of XLA's threads that it starts
 
 logger = logging.getLogger("jaxserve.runner")
 
@@ -73,26 +89,46 @@ def run_step(
 
 
 class Programs:
-    """The compiled step programs of one model, by shape."""
+    """The compiled step programs of one model, by shape.
 
-    def __init__(
-        self, graphdef: nnx.GraphDef, params: Any, state: DeviceState, ladder: Ladder, page_size: int
-    ):
-        self._graphdef = graphdef
+    `model` may hold its parameters or only their shapes and types (Checkpoint.describe_model).
+    """
+
+    def __init__(self, model: nnx.Module, cfg: Any, pool: PoolSize, kv_dtype: jnp.dtype, ladder: Ladder):
+        self.compiles = CompileCounter()
+        self._graphdef, params = nnx.split(model)
         self._abstract_params = jax.tree.map(_abstract, params)
-        self._abstract_state = jax.tree.map(_abstract, state)
-        self._page_size = page_size
-        self._table_width = state.table_XW.shape[1]
+        self.allocate = compile_allocation(cfg, pool, kv_dtype)
+        self._abstract_state = jax.tree.map(_abstract, self.allocate.out_info)
+        self._page_size = pool.page_size
+        self._table_width = pool.table_width
         self.ladder = ladder
+        self._first: list[Future[None]] = []
         self.ready: Mapping[Shape, Any] = {}  # replaced, never changed
         self.write_forks: Callable | None = None  # None until it is compiled
         self.is_over = False  # whether compiling has come to its end, with or without success
+        self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
     def is_warm(self) -> bool:
         return self.write_forks is not None and len(self.ready) == len(self.ladder.shapes)
+
+    def begin(self) -> None:
+        """Start to compile the first programs, each on a thread; `compile_first` waits for them."""
+        executor = ThreadPoolExecutor(NUM_FIRST, thread_name_prefix="jaxserve-compile")
+        self._first = [executor.submit(self.compile_one, shape) for shape in self.ladder.shapes[:NUM_FIRST]]
+        executor.shutdown(wait=False)
+
+    def compile_first(self, on_progress: Callable[[int, int], None]) -> None:
+        """Compile what serving needs first, or wait until it is compiled."""
+        if not self._first:
+            self.begin()
+        for num_done, future in enumerate(self._first):
+            on_progress(num_done, len(self._first))
+            future.result()
+        on_progress(len(self._first), len(self._first))
 
     def compile_one(self, shape: Shape) -> None:
         """Compile the program of a shape, or restore it from the persistent cache."""
@@ -101,8 +137,8 @@ class Programs:
         step = jax.jit(partial(run_step, self._graphdef, shape, self._page_size), donate_argnums=1)
         lowered = step.lower(self._abstract_params, self._abstract_state, packed)
         program = lowered.compile()
-        # A new dict: the step loop may be iterating over the old one.
-        self.ready = {**self.ready, shape: program}
+        with self._lock:  # and a new dict: the step loop may be iterating over the old one
+            self.ready = {**self.ready, shape: program}
         logger.info("compiled the step of %s in %.1f s", shape, time.perf_counter() - start_s)
 
     def compile_slot_writer(self) -> Callable:
@@ -132,6 +168,7 @@ class Programs:
         on_done."""
 
         def work() -> None:
+            _give_way(BACKGROUND_NICENESS)
             try:
                 compile_all()
             finally:
@@ -160,7 +197,15 @@ class Programs:
             self._thread.join()
 
 
-def _abstract(x: jax.Array) -> jax.ShapeDtypeStruct:
+def _give_way(niceness: int) -> None:
+    """Lower the priority of the calling thread and of those that it starts. Linux only: elsewhere it would be
+    the whole process's."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+
+
+def _abstract(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 

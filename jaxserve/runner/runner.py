@@ -18,8 +18,8 @@ from flax import nnx
 
 from jaxserve.runner.batch import pack_step, slot_params
 from jaxserve.runner.buckets import Ladder, split_step
-from jaxserve.runner.checkpoint import Checkpoint, log_progress
-from jaxserve.runner.device_state import PoolSize, compile_allocation, edit_rows, watched_row
+from jaxserve.runner.checkpoint import Checkpoint, OnProgress, log_progress
+from jaxserve.runner.device_state import PoolSize, edit_rows, watched_row
 from jaxserve.runner.forks import pack_forks
 from jaxserve.runner.memory import (
     MemoryUse,
@@ -30,7 +30,7 @@ from jaxserve.runner.memory import (
     trim_host_memory,
 )
 from jaxserve.runner.pending import PendingStep, note_launch
-from jaxserve.runner.programs import CompileCounter, Programs
+from jaxserve.runner.programs import Programs
 from jaxserve.scheduler.plan import SlotInit, StepLimits, StepPlan
 from jaxserve.types import KV_CACHE, WEIGHTS, ScoreParams, TokenParams
 
@@ -45,7 +45,8 @@ class Update(NamedTuple):
 
 
 class ModelRunner:
-    """`checkpoint` is what `model` was read from; without it dropped weights cannot come back."""
+    """`checkpoint` is what `model` is of; without it dropped weights cannot come back. A model without
+    parameters (Checkpoint.describe_model) is enough to compile for; then `load` must follow."""
 
     def __init__(
         self,
@@ -56,18 +57,16 @@ class ModelRunner:
         ladder: Ladder,
         checkpoint: Checkpoint | None = None,
     ):
-        graphdef, params = nnx.split(model)
-        self._weights = Weights(params)
+        self.programs = Programs(model, cfg, pool, kv_dtype, ladder)
+        self.compiles = self.programs.compiles
+        self._weights = Weights(nnx.split(model)[1])
         self._checkpoint = checkpoint
-        self._allocate = compile_allocation(cfg, pool, kv_dtype)
-        self._state = self._allocate()
+        self._state = self.programs.allocate()
         self._vocab_size = cfg.vocab_size
         self._pool = pool
         greedy_F = slot_params(TokenParams(max_new_tokens=0), 0)  # padding asks for nothing, not even top-p
         self._params_XF = np.tile(greedy_F, (pool.num_slots + 1, 1))
         self._scores_X: list[ScoreParams | None] = [None] * (pool.num_slots + 1)
-        self.compiles = CompileCounter()
-        self.programs = Programs(graphdef, params, self._state, ladder, pool.page_size)
         self._write_slot = self.programs.compile_slot_writer()
         self._write_watched = self.programs.compile_watched_writer()
 
@@ -79,13 +78,14 @@ class ModelRunner:
     def kv_bytes(self) -> int:
         return live_bytes(self._state.kv)
 
+    def load(self, on_progress: OnProgress) -> None:
+        """Read the weights. Raises WeightError."""
+        assert self._checkpoint is not None, "there is no checkpoint to read"
+        self._weights = Weights(nnx.split(self._checkpoint.read_model(on_progress))[1])
+
     def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
         """Compile what serving needs first: the ladder's first two programs."""
-        first = self.programs.ladder.shapes[:2]
-        for num_done, shape in enumerate(first):
-            on_progress(num_done, len(first))
-            self.programs.compile_one(shape)
-        on_progress(len(first), len(first))
+        self.programs.compile_first(on_progress)
 
     def close(self) -> None:
         """Stop compiling and reading in the background; the runner must not be used afterwards."""
@@ -104,15 +104,16 @@ class ModelRunner:
         token_buckets = sorted(
             {shape.num_tokens for shape in ready if shape.num_tokens and not shape.num_rows}
         )
-        most_rows = max(shape.num_rows for shape in ready if not shape.num_tokens)
+        row_buckets = sorted(shape.num_rows for shape in ready if not shape.num_tokens)
         return StepLimits(
             page_size=self._pool.page_size,
-            max_rows=min(most_rows, self._pool.num_slots),
+            max_rows=min(row_buckets[-1], self._pool.num_slots),
             max_chunks=min(shape.num_chunks for shape in ready if shape.num_tokens),
             max_chunk_tokens=token_buckets[-1],
             token_buckets=tuple(token_buckets),
             is_final=is_final,
             can_fork=self.programs.write_forks is not None,
+            row_buckets=tuple(row_buckets),
         )
 
     def step(self, plan: StepPlan) -> PendingStep:
@@ -186,7 +187,7 @@ class ModelRunner:
                 self._weights.put_new(self._checkpoint.read_tree(log_progress))
                 trim_host_memory()
         if KV_CACHE in tags and live_bytes(self._state) == 0:
-            self._state = jax.block_until_ready(self._allocate())
+            self._state = jax.block_until_ready(self.programs.allocate())
 
     def read_update(self, model_path: str, load_format: str) -> Update:
         """Other weights, on the host; steps may run meanwhile. Raises ConfigError or WeightError."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from jaxserve.scheduler.beams import count_first_pages, count_soon_pages
 from jaxserve.scheduler.plan import PrefillChunk, SlotInit, StepLimits
 from jaxserve.scheduler.prefix_cache import Node
+from jaxserve.scheduler.queue_order import count_pass, find_match, order_queue
 from jaxserve.scheduler.state import PrefillLead, SchedulerState, Seq, SeqStatus
 
 MAX_HELD = 64  # waiting requests passed over in one step, so that a long queue costs no more than this
@@ -85,38 +86,39 @@ def _gather_offers(state: SchedulerState, limits: StepLimits) -> list[Offer]:
 
 
 def _gather_admissions(state: SchedulerState, limits: StepLimits, budget: int, offers: list[Offer]) -> None:
-    """Append the requests that may enter, in queue order, to `offers`.
+    """Append the requests that may enter to `offers`, in the order of queue_order.py.
 
     A request enters if the pages nobody has a claim on hold all its known tokens and one page to grow.
     Running sequences claim what their prefill lacks and one page to grow, so that an admission does not
-    bring about a retraction a moment later. When nothing runs nothing is claimed, and the head of the
-    queue fits: `add` saw to it that any request fits the whole pool. If the head does not fit, nobody
-    overtakes it. Only a request that is held for another's prefill is passed over, and a beam search for
-    which the programs are not ready yet.
+    bring about a retraction a moment later. When nothing runs nothing is claimed, and the first in that order
+    fits: `add` saw to it that any request fits the whole pool. If the first does not fit, nobody after it
+    enters. Only a request that is held for another's prefill is passed over.
     """
     max_rows = min(limits.max_rows, state.max_rows)
     num_slots = max_rows - (state.max_rows - len(state.free_slots))
+    if num_slots <= 0 or budget == 0 or len(offers) >= limits.max_chunks:
+        return
     num_unclaimed = state.cache.num_available - sum(
         _count_claim(state, seq) for seq in state.running.values()
     )
     num_held = 0
-    for seq in state.waiting:
+    for seq in order_queue(state, limits):
         if num_slots <= 0 or budget == 0 or len(offers) >= limits.max_chunks or num_held == MAX_HELD:
             return
-        if seq.epoch == 0 and not limits.admits_new:
-            return
-        if not limits.can_run(seq.params.beam_width):
-            continue
         if seq.leader is not None and seq.leader.is_pending:
             num_held += 1
             continue
-        node = state.cache.match(seq.token_ids, seq.cache_salt, seq.num_cacheable_tokens)
+        node = find_match(state, seq)
         seq.leader = _find_leader(state, seq, node, offers)
         if seq.leader is not None:
             num_held += 1
             continue
-        num_wanted = _count_soon(state, seq, seq.num_known) - node.depth + state.cache.count_unused(node)
-        if num_wanted > num_unclaimed or seq.params.beam_width > num_slots:
+        if seq.params.beam_width > num_slots:
+            return
+        num_wanted = _count_soon(state, seq, seq.num_known) - node.depth
+        if num_wanted <= num_unclaimed:
+            num_wanted += state.cache.count_unused(node, most=num_unclaimed - num_wanted)
+        if num_wanted > num_unclaimed:
             return
         num_unclaimed -= num_wanted
         num_tokens = min(seq.num_known - node.depth * state.page_size, budget)
@@ -168,10 +170,13 @@ def _find_leader(state: SchedulerState, seq: Seq, node: Node, offers: list[Offer
 def _admit(state: SchedulerState, seq: Seq, node: Node, page_ids: list[int]) -> list[SlotInit]:
     index = bisect.bisect_left(state.waiting, seq.queue_key, key=lambda other: other.queue_key)
     assert state.waiting[index] is seq, f"request {seq.rid!r} is not where the queue's order has it"
+    if seq.epoch == 0:
+        count_pass(state, seq)
     del state.waiting[index]
     seq.status = SeqStatus.RUNNING
     seq.slot, *seq.beam_slots = [state.free_slots.pop() for _ in range(seq.params.beam_width)]
     seq.tail = node
+    seq.match, seq.match_stamp = None, -1
     seq.page_ids = page_ids
     seq.prefill_end = seq.num_known
     seq.num_planned = len(page_ids) * state.page_size
@@ -201,6 +206,7 @@ def _plan_chunk(state: SchedulerState, seq: Seq, num_tokens: int) -> PrefillChun
     score_rows = _take_score_rows(seq, end)
     seq.num_planned = end
     seq.num_in_flight += int(samples)
+    state.num_computed_tokens += num_tokens
     return PrefillChunk(
         slot=seq.slot,
         seq_id=seq.seq_id,

@@ -37,3 +37,4 @@ def forget_cache(state: SchedulerState, era: int) -> None:
     state.cache.clear()
     for seq in state.waiting:
         seq.cache_salt = salted(seq.cache_salt.partition("|")[2], era)
+        seq.match, seq.match_stamp = None, -1

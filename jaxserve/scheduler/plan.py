@@ -8,6 +8,9 @@ token) and prefill chunks (runs of known tokens), in that order:
 
     decode[0] .. decode[R-1]   chunks[0] tokens | chunks[1] tokens | ...
 
+Several decode rows may be of one slot, at consecutive positions: the first feeds the last known token, the
+others guesses of those after it (speculate.py). A row sees what those before it wrote in the same step.
+
 Every decode row, and every chunk with `samples`, yields one sampled token. Results come back in the same
 order: all decode rows, then all chunks (chunks that do not sample yield a value to ignore). A row whose
 logits are not numbers yields NO_TOKEN.
@@ -40,7 +43,7 @@ class DecodeRow(msgspec.Struct, frozen=True):
     epoch: int  # the sequence's count of retractions when this row was planned
     position: int  # of the token fed in this step; the row attends to position + 1 tokens
     page_id: int  # of the page that holds `position`
-    token_id: int = NO_TOKEN  # what to feed; NO_TOKEN: what the device sampled last for the slot
+    token_id: int = NO_TOKEN  # what to feed; NO_TOKEN: what the slot's only row of the last step sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,11 @@ class StepLimits:
     is_final: bool = False  # whether no more programs will become ready
     can_fork: bool = True  # whether tables can be written and pages copied: beams wait for it
     admits_new: bool = True  # False: only what has run before may enter, so that all of that ends
+    # For speculation: ascending sizes of the decode programs, what a step in each costs, and what it costs
+    # to plan a step only when the one before is known; any unit of time.
+    row_buckets: tuple[int, ...] = ()
+    row_costs: tuple[float, ...] = ()
+    wait_cost: float = 0.0
 
     def can_run(self, num_rows: int) -> bool:
         """Whether the programs allow a request of so many rows: the beams of a search, or one."""

@@ -29,12 +29,17 @@ from jaxserve.scheduler.pages import TRASH_PAGE_ID, PagePool
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """One cached page. `depth` counts the pages from the root to here, this one included."""
+    """One cached page. `depth` counts the pages from the root to here, this one included.
+
+    Once evicted it is no longer `is_cached`, but still knows its parent: whoever remembered it as a match
+    finds from there what is left of it.
+    """
 
     key: tuple[int | str, ...]
     page_id: int
     parent: Node | None
     depth: int
+    is_cached: bool = True
     children: dict[tuple[int | str, ...], Node] = field(default_factory=dict)
 
 
@@ -46,6 +51,8 @@ class PrefixCache:
     page_size: int
     is_enabled: bool = True
     num_cached: int = 0  # pages in the tree, in use or not
+    num_attached: int = 0  # pages that came into the tree since the start
+    num_evicted: int = 0  # pages that gave way to others since the start
     root: Node = field(init=False)
     _unused: OrderedDict[int, Node] = field(init=False)  # by page id, least recently used first
 
@@ -66,29 +73,48 @@ class PrefixCache:
         """Hand out a page, evicting the least recently used one when none is free."""
         if not self.pool.free_ids:
             self._evict()
+            self.num_evicted += 1
         return self.pool.allocate()
 
-    def match(self, token_ids: list[int], salt: str, num_tokens: int | None = None) -> Node:
+    def match(
+        self,
+        token_ids: list[int],
+        salt: str,
+        num_tokens: int | None = None,
+        *,
+        known: Node | None = None,
+        max_lookups: int | None = None,
+    ) -> Node:
         """Find the longest cached run of whole pages that leaves at least one token to compute.
 
-        `num_tokens`, less than the length, is the most that the run may hold.
+        `num_tokens`, less than the length, is the most that the run may hold. `known` is an earlier match of
+        the same tokens and salt, from which the search goes on. With `max_lookups` it may stop short.
         """
-        node = self.root
+        node = known or self.root
         if not self.is_enabled:
-            return node
+            return self.root
         limit = len(token_ids) - 1 if num_tokens is None else num_tokens
-        for index in range(limit // self.page_size):
-            child = node.children.get(self._page_key(token_ids, index, salt))
+        num_pages = limit // self.page_size
+        while not node.is_cached or node.depth > num_pages:
+            assert node.parent is not None
+            node = node.parent
+        if max_lookups is not None:
+            num_pages = min(num_pages, node.depth + max_lookups)
+        for index in range(node.depth, num_pages):
+            child = node.children.get(self._page_key(token_ids, index, salt)) if node.children else None
             if child is None:
                 break
             node = child
         return node
 
-    def count_unused(self, node: Node) -> int:
-        """Count the pages on the path to `node` that `lock` would take out of the evictable ones."""
+    def count_unused(self, node: Node, most: int | None = None) -> int:
+        """Count the pages on the path to `node` that `lock` would take out of the evictable ones.
+
+        Whoever only asks whether they are more than `most` need not wait for the rest: the count ends there.
+        """
         count = 0
         # Use grows towards the root (rule 1), so the unused nodes are the end of the path.
-        while node.parent is not None and node.page_id in self._unused:
+        while node.parent is not None and node.page_id in self._unused and (most is None or count <= most):
             count += 1
             node = node.parent
         return count
@@ -199,6 +225,7 @@ class PrefixCache:
         node = Node(key=key, page_id=page_id, parent=parent, depth=parent.depth + 1)
         parent.children[key] = node
         self.num_cached += 1
+        self.num_attached += 1
         return node
 
     def _evict(self) -> None:
@@ -206,6 +233,6 @@ class PrefixCache:
         assert node.parent is not None, f"page {page_id} is not in the tree"
         assert not node.children, f"page {page_id} was to be evicted before its children"
         del node.parent.children[node.key]
-        node.parent = None
+        node.is_cached = False
         self.num_cached -= 1
         self.pool.release(page_id)

@@ -7,7 +7,8 @@ clocks or text.
 Overlap. A plan may be made while earlier ones are not applied yet, so a sequence may have tokens in
 flight: sampled on the device, and fed there to the next step, without the host having seen them. A stop is
 learnt when its step is applied; what was planned for the sequence in between is a stale row. A beam search
-has no overlap with itself: what a step gives decides what the next one feeds.
+has no overlap with itself: what a step gives decides what the next one feeds. Nor has any step with drafts
+(speculate.py): until it is applied every plan is empty.
 
 Why pages can be given back at once although stale rows may still be running. The device runs steps in
 order of launch. A stale row was launched before the page was given back, so it writes before any later
@@ -36,8 +37,11 @@ from jaxserve.errors import InvalidRequestError
 from jaxserve.scheduler import beams
 from jaxserve.scheduler.admit import plan_prefill
 from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, StepLimits, StepPlan, StepResult
+from jaxserve.scheduler.speculate import add_drafts, choose_drafts, is_verifying, settle_draft
 from jaxserve.scheduler.state import SchedulerState, Seq, SeqStatus, has_work, make_delta
 from jaxserve.types import FinishReason, TokenDelta, TokenParams, TokenScores
+
+Sampled = tuple[int, TokenScores | None]  # what one row gave
 
 
 def add(
@@ -98,13 +102,17 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
     assert min(limits.max_rows, limits.max_chunks, limits.max_chunk_tokens) >= 1, (
         f"no room for a step: {limits}"
     )
+    drafts = [] if is_verifying(state) else choose_drafts(state, limits)
+    if is_verifying(state) or any(draft.seq.num_in_flight for draft in drafts):
+        return StepPlan(step=state.num_steps, inits=(), decode=(), chunks=())
     _secure_oldest(state)
     rows, searches = _plan_decode_rows(state)
+    decode = add_drafts(state, rows, drafts)
     inits, chunks = plan_prefill(state, limits)
     plan = StepPlan(
         step=state.num_steps,
         inits=inits,
-        decode=(*rows.values(), *(row for search in searches.values() for row in search.rows)),
+        decode=(*decode, *(row for search in searches.values() for row in search.rows)),
         chunks=chunks,
         tables=tuple(table for search in searches.values() for table in search.tables),
         copies=tuple(copy for search in searches.values() for copy in search.copies),
@@ -125,17 +133,24 @@ def apply(state: SchedulerState, plan: StepPlan, result: StepResult) -> list[Tok
     scores = result.scores or [None] * num_results
     deltas: list[TokenDelta] = []
     running = state.running
-    searches: dict[int, list[tuple[int, TokenScores | None]]] = {}
+    searches: dict[int, list[Sampled]] = {}
+    verified: dict[int, list[Sampled]] = {}
     for row, token_id, row_scores in zip(plan.decode, token_ids, scores, strict=False):
         seq = running.get(row.seq_id)
         if seq is not None and seq.epoch == row.epoch:
             if seq.beams:
                 searches.setdefault(seq.seq_id, []).append((token_id, row_scores))
                 continue
+            if seq.num_drafts_in_flight:
+                _verify_row(seq, row, (token_id, row_scores), verified.setdefault(seq.seq_id, []))
+                continue
             assert row.position == len(seq.token_ids) - 1, f"step {plan.step} is applied out of order"
-            deltas.append(_append_token(state, seq, token_id, row_scores))
+            deltas.append(_append_tokens(state, seq, [(token_id, row_scores)]))
     for seq_id, results in searches.items():
         deltas += _advance_search(state, running[seq_id], results)
+    for seq_id, results in verified.items():
+        settle_draft(state, running[seq_id], len(results) - 1)
+        deltas.append(_append_tokens(state, running[seq_id], results))
     told = iter(result.prompt_scores)
     for chunk, token_id, row_scores in zip(plan.chunks, token_ids[num_rows:], scores[num_rows:], strict=True):
         prompt_scores = next(told) if chunk.score_places else []
@@ -148,7 +163,7 @@ def apply(state: SchedulerState, plan: StepPlan, result: StepResult) -> list[Tok
             beams.begin(state, seq)
             deltas += _advance_search(state, seq, [(token_id, row_scores)], prompt_scores)
         elif chunk.samples:
-            deltas.append(_append_token(state, seq, token_id, row_scores, prompt_scores))
+            deltas.append(_append_tokens(state, seq, [(token_id, row_scores)], prompt_scores))
         elif token_id == NO_TOKEN:
             deltas.append(_fail(state, seq))
         elif is_last and seq.params.max_new_tokens == 0:
@@ -232,10 +247,27 @@ def _plan_decode_rows(state: SchedulerState) -> tuple[dict[int, DecodeRow], dict
             continue
         if num_missing:
             seq.page_ids.append(state.cache.allocate())
-        rows[seq.seq_id] = DecodeRow(seq.slot, seq.seq_id, seq.epoch, position, seq.page_ids[index])
+        token_id = NO_TOKEN if seq.num_in_flight else seq.token_ids[-1]
+        rows[seq.seq_id] = DecodeRow(seq.slot, seq.seq_id, seq.epoch, position, seq.page_ids[index], token_id)
         seq.num_planned = position + 1
         seq.num_in_flight += 1
     return rows, searches
+
+
+def _verify_row(seq: Seq, row: DecodeRow, result: Sampled, accepted: list[Sampled]) -> None:
+    """Accept what a row of a draft gave, if it was fed the token that the row before it gave and that row
+    was accepted and not the last of the reply.
+
+    Without a number only the first row fails its sequence: a later one may have been fed a wrong guess.
+    """
+    if row.position != len(seq.token_ids) - 1 + len(accepted):
+        return
+    if accepted:
+        token_id = accepted[-1][0]
+        has_ended = _why_end(seq.params, token_id, seq.num_output_tokens + len(accepted)) is not None
+        if token_id != row.token_id or has_ended or result[0] == NO_TOKEN:
+            return
+    accepted.append(result)
 
 
 def _choose_victim(state: SchedulerState) -> Seq:
@@ -262,42 +294,43 @@ def _retract(state: SchedulerState, seq: Seq) -> None:
     _release(state, seq)
     seq.status = SeqStatus.WAITING
     seq.epoch += 1
-    seq.num_planned = seq.num_in_flight = seq.prefill_end = 0
+    seq.num_planned = seq.num_in_flight = seq.num_drafts_in_flight = seq.prefill_end = 0
     seq.num_score_planned = seq.num_scored
     state.num_retractions += 1
     _enqueue(state, seq)
 
 
-def _append_token(
-    state: SchedulerState,
-    seq: Seq,
-    token_id: int,
-    scores: TokenScores | None,
-    prompt_scores: list[TokenScores] | None = None,
+def _append_tokens(
+    state: SchedulerState, seq: Seq, results: list[Sampled], prompt_scores: list[TokenScores] | None = None
 ) -> TokenDelta:
-    """Make a sampled token known, and end the sequence if it was the last."""
-    if token_id == NO_TOKEN:
+    """Make sampled tokens known, one or those of a draft, and end the sequence if the last of them does."""
+    if results[0][0] == NO_TOKEN:
         return _fail(state, seq)
-    seq.token_ids.append(token_id)
-    seq.num_in_flight -= 1
-    state.num_generated_tokens += 1
-    params = seq.params
-    num_output_tokens = seq.num_output_tokens
-    finish = None
-    if token_id in params.stop_ids and num_output_tokens >= params.min_new_tokens:
-        finish = FinishReason(kind="stop", matched=token_id)
-    elif num_output_tokens >= params.max_new_tokens:
-        finish = FinishReason(kind="length")
+    token_ids = [token_id for token_id, _ in results]
+    seq.token_ids += token_ids
+    seq.num_in_flight -= len(results)
+    state.num_generated_tokens += len(results)
+    finish = _why_end(seq.params, token_ids[-1], seq.num_output_tokens)
     if finish is not None:
         _end(state, seq)
-    told = None if scores is None or params.scores is None or not params.scores.of_output else [scores]
-    return make_delta(seq, [token_id], finish, scores=told, prompt_scores=prompt_scores)
+    wants_scores = seq.params.scores is not None and seq.params.scores.of_output
+    told = [scores for _, scores in results if scores is not None] if wants_scores else None
+    return make_delta(seq, token_ids, finish, scores=told, prompt_scores=prompt_scores)
+
+
+def _why_end(params: TokenParams, token_id: int, num_output_tokens: int) -> FinishReason | None:
+    """Whether a token is the last of its reply, being the `num_output_tokens`-th."""
+    if token_id in params.stop_ids and num_output_tokens >= params.min_new_tokens:
+        return FinishReason(kind="stop", matched=token_id)
+    if num_output_tokens >= params.max_new_tokens:
+        return FinishReason(kind="length")
+    return None
 
 
 def _advance_search(
     state: SchedulerState,
     seq: Seq,
-    results: list[tuple[int, TokenScores | None]],
+    results: list[Sampled],
     prompt_scores: list[TokenScores] | None = None,
 ) -> list[TokenDelta]:
     """Choose the next beams from the results of a row of each live one; tell them when all are finished."""

@@ -1,7 +1,7 @@
 """What the scheduler knows: one Seq a live request, and the SchedulerState that holds them all.
 
-Changed only by schedule.py, admit.py and beams.py; read by the engine through the functions at the end. Plain
-data: knows nothing of text, arrays, devices or time. All order is that of lists and dicts.
+Changed only by schedule.py, admit.py, beams.py and speculate.py; read by the engine through the functions at
+the end. Plain data: knows nothing of text, arrays, devices or time. All order is that of lists and dicts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from jaxserve.scheduler.lookup import Lookup
 from jaxserve.scheduler.pages import PagePool
 from jaxserve.scheduler.prefix_cache import Node, PrefixCache
 from jaxserve.types import BeamResult, FinishReason, TokenDelta, TokenParams, TokenScores
@@ -83,6 +84,13 @@ class Seq:
     num_scored: int = 0  # of params.scores.prompt_rows, those whose scores were told
     num_score_planned: int = 0  # those that planned steps compute, told or not
     leader: PrefillLead | None = None  # whose prefill this waiting sequence is held for
+    num_drafts_in_flight: int = 0  # guessed tokens, the last of those in flight (speculate.py)
+    num_drafted: int = 0  # guessed tokens that were verified
+    num_accepted: int = 0  # and of these, the ones that became output
+    lookup: Lookup | None = None  # what guesses are made from; None until the first is thought of
+    match: Node | None = None  # the longest cached prefix that was found while it waits
+    match_stamp: int = -1  # when that was: PrefixCache.num_attached; -1 if there may be more of it
+    num_passed: int = 0  # admissions before it while it is the front of its class (queue_order.py)
     beam_slots: list[int] = field(default_factory=list)  # beside `slot`, reserved at admission
     beams: list[Beam] = field(default_factory=list)  # best first
 
@@ -174,28 +182,49 @@ class SchedulerState:
     running: dict[int, Seq] = field(default_factory=dict)  # by seq_id, in order of admission
     by_rid: dict[str, Seq] = field(default_factory=dict)  # waiting and running
     free_slots: list[int] = field(default_factory=list)  # a stack: the last one is given next
+    prefers_cached: bool = True  # whether requests whose prefix is cached may go before others
     next_seq_id: int = 0
     num_steps: int = 0  # plans that were not empty
     num_prompt_tokens: int = 0  # of requests admitted
     num_cached_tokens: int = 0
+    num_computed_tokens: int = 0  # by prefills, those of retracted requests included
     num_generated_tokens: int = 0
     num_retractions: int = 0
     num_aborted: int = 0
     num_finished: int = 0  # by stop or length
+    max_drafts: int = 0  # guessed tokens for one sequence in one step; 0: no speculation
+    num_drafted: int = 0  # guessed tokens verified
+    num_accepted: int = 0  # guessed tokens that became output
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
 
 
-def new_state(num_pages: int, page_size: int, max_rows: int, use_prefix_cache: bool = True) -> SchedulerState:
-    """An idle scheduler over `num_pages` pages (page 0 is trash, so one less is used), `max_rows` slots."""
+def new_state(
+    num_pages: int,
+    page_size: int,
+    max_rows: int,
+    use_prefix_cache: bool = True,
+    prefers_cached: bool = True,
+    max_drafts: int = 0,
+) -> SchedulerState:
+    """An idle scheduler over `num_pages` pages (page 0 is trash, so one less is used), `max_rows` slots.
+
+    With `max_drafts` it speculates: so many guessed tokens at most for a sequence in a step.
+    """
     assert page_size >= 1, f"page_size must be at least 1, got {page_size}"
     assert max_rows >= 1, f"max_rows must be at least 1, got {max_rows}"
     pool = PagePool(num_pages)
     cache = PrefixCache(pool=pool, page_size=page_size, is_enabled=use_prefix_cache)
     free_slots = list(range(max_rows - 1, -1, -1))
     return SchedulerState(
-        page_size=page_size, max_rows=max_rows, pool=pool, cache=cache, free_slots=free_slots
+        page_size=page_size,
+        max_rows=max_rows,
+        pool=pool,
+        cache=cache,
+        free_slots=free_slots,
+        prefers_cached=prefers_cached,
+        max_drafts=max_drafts,
     )
 
 
@@ -236,6 +265,8 @@ def make_delta(
         num_cached_tokens=seq.num_cached_tokens or 0,
         num_output_tokens=len(seq.token_ids) - seq.num_prompt_tokens + num_beam_tokens,
         num_retractions=seq.epoch,
+        num_drafted=seq.num_drafted,
+        num_accepted=seq.num_accepted,
         finish=finish,
         scores=scores or [],
         prompt_scores=prompt_scores or [],
@@ -295,6 +326,7 @@ def _check_running(state: SchedulerState, seq: Seq) -> None:
     assert 0 < seq.num_planned <= seq.num_kv_tokens, (
         f"{where} has {seq.num_planned} positions planned, but no use for more than {seq.num_kv_tokens}"
     )
+    assert 0 <= seq.num_drafts_in_flight < max(seq.num_in_flight, 1), f"{where} has drafts only in flight"
     if seq.is_prefilling:
         assert seq.num_in_flight == 0, f"{where} has tokens in flight during its prefill"
     elif seq.params.max_new_tokens > 0:

@@ -129,7 +129,7 @@ def _describe_memory(stats: EngineStats) -> dict[str, Any]:
 def _describe_engine(info: EngineInfo, stats: EngineStats) -> dict[str, Any]:
     return {
         "last_gen_throughput": stats.gen_throughput,
-        "avg_spec_accept_length": None,
+        "avg_spec_accept_length": stats.spec_accept_length or None,
         "effective_max_running_requests_per_dp": info.max_running_requests,
         "dp_size": 1,
         "memory_usage": {
@@ -140,6 +140,10 @@ def _describe_engine(info: EngineInfo, stats: EngineStats) -> dict[str, Any]:
         **_count_load(stats),
         "num_steps": stats.num_steps,
         "num_retractions": stats.num_retractions,
+        "num_prompt_tokens": stats.num_prompt_tokens,
+        "num_cached_tokens": stats.num_cached_tokens,
+        "num_computed_tokens": stats.num_computed_tokens,
+        "num_evicted_tokens": stats.num_evicted_tokens,
         "num_compiles": stats.num_compiles,
         "num_late_compiles": stats.num_late_compiles,
         "is_warm": stats.is_warm,

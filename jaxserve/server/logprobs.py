@@ -44,9 +44,10 @@ async def render_scored(render: Callable[[list[Piece]], T], pieces: list[Piece])
 
 
 def _count_entries(piece: Piece) -> int:
-    first = next(iter(piece.scores or piece.prompt_scores), None)
-    if first is None:
+    scores = piece.scores or piece.prompt_scores
+    if not scores:
         return 0
+    first = scores[0]
     width = 1 + len(first.top_ids) + len(first.watched_logprobs)
     return (len(piece.scores) + len(piece.prompt_scores)) * width
 

@@ -60,4 +60,19 @@ class MetaInfoWriter:
             response_sent_to_client_ts=time.time(),
             cumulative_logprob=UNSET if piece.cumulative_logprob is None else piece.cumulative_logprob,
             **logprobs,
+            **_describe_drafts(piece),
         )
+
+
+def _describe_drafts(piece: Piece) -> dict[str, Any]:
+    """What speculation did for the request, if it guessed anything; a step is a pass of the model."""
+    if not piece.num_drafted:
+        return {}
+    num_steps = max(piece.num_output_tokens - 1 - piece.num_accepted, 1)  # the prefill gives the first token
+    return {
+        "spec_verify_ct": num_steps,
+        "spec_accept_length": piece.num_output_tokens / num_steps,
+        "spec_accept_rate": piece.num_accepted / piece.num_drafted,
+        "spec_accept_token_num": piece.num_accepted,
+        "spec_draft_token_num": piece.num_drafted,
+    }

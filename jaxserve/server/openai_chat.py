@@ -198,7 +198,8 @@ class _Renderer:
         )
 
     def _render_choice(self, output: Piece) -> ChatChoice:
-        self._note_scores(output)
+        if self._scored:
+            self._scored[output.index].note(output)
         logprobs = self._take_logprobs(output.index, is_last=True)
         return ChatChoice(
             index=output.index,
@@ -217,12 +218,13 @@ class _Renderer:
         self._usage.note(pieces)
         chunks: list[ChatChunk] = []
         for piece in pieces:
-            self._note_scores(piece)
+            if self._scored:
+                self._scored[piece.index].note(piece)
             if piece.index not in self._begun:
                 self._begun.add(piece.index)
                 chunks.append(self._chunk(piece.index, ChatDelta(role="assistant", content="")))
             if piece.text:
-                logprobs = self._take_logprobs(piece.index, is_last=False)
+                logprobs = self._take_logprobs(piece.index, is_last=False) if self._scored else None
                 chunks.append(self._chunk(piece.index, ChatDelta(content=piece.text), logprobs))
             if piece.finish is not None:
                 logprobs = self._take_logprobs(piece.index, is_last=True)
@@ -236,10 +238,6 @@ class _Renderer:
         for chunk in chunks:
             chunk.sglext = extension
         return [*chunks, self._wrap([], self._usage.total())] if self._options.include_usage else chunks
-
-    def _note_scores(self, piece: Piece) -> None:
-        if self._scored:
-            self._scored[piece.index].note(piece)
 
     def _take_logprobs(self, index: int, *, is_last: bool) -> ChatLogprobs | None:
         """Of the tokens whose text goes out now; None where there are none, or none were asked for."""

@@ -279,8 +279,11 @@ class _Choice:
 
     def make_visible(self, piece: Piece) -> Piece | None:
         """The piece with those before it that had no text; None if it has none either."""
+        is_visible = bool(piece.text or piece.finish is not None or self._echo_due is not None)
+        if is_visible and not self._held:
+            return piece  # nearly every piece of a stream
         self._held.append(piece)
-        if not (piece.text or piece.finish is not None or self._echo_due is not None):
+        if not is_visible:
             return None
         whole = join_pieces(self._held)
         self._held = []

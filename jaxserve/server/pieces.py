@@ -18,7 +18,7 @@ import msgspec
 from jaxserve.errors import ERROR_BY_STATUS, InternalError, JaxserveError
 from jaxserve.metrics import ServerMetrics
 from jaxserve.server.engine_port import EnginePort
-from jaxserve.text.output import TextStream
+from jaxserve.text.output import TextDelta, TextStream
 from jaxserve.text.stop_regex import SearchAllowance
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import (
@@ -71,6 +71,8 @@ class Piece(msgspec.Struct, frozen=True, gc=False):
     prompt_scores: list[TokenScores] = []
     scores: list[TokenScores] = []
     cumulative_logprob: float | None = None
+    num_drafted: int = 0  # tokens that were guessed and verified, and those of them that came true
+    num_accepted: int = 0
 
 
 def join_pieces(pieces: list[Piece]) -> Piece:
@@ -93,14 +95,16 @@ def join_pieces(pieces: list[Piece]) -> Piece:
 
 async def read_sequence(
     engine: EnginePort, tokenizer: Tokenizer, sequence: Sequence, metrics: ServerMetrics, started_s: float
-) -> AsyncGenerator[Piece, None]:
-    """Submit one sequence and yield its text; the last piece has `finish`. A search yields a piece a beam.
+) -> AsyncGenerator[list[Piece], None]:
+    """Submit one sequence and yield its text, a piece at a time; the last has `finish`. A search yields all
+    its beams at once.
 
     `started_s` is when the request came in (time.perf_counter), from which latencies are measured.
 
     A stop string ends the sequence here, and closing the engine's stream aborts it there. Raises the
     error behind a finish of kind "abort", and whatever `EnginePort.generate` raises.
     """
+    index, stream_interval = sequence.index, sequence.stream_interval
     text_stream = TextStream(tokenizer, sequence.sampling, sequence.allowance)
     timer = _Timer(metrics, started_s)
     num_output_tokens = 0
@@ -115,38 +119,49 @@ async def read_sequence(
     )
     async with aclosing(deltas):
         async for delta in deltas:
-            _raise_failure(delta.finish)
+            if delta.finish is not None:
+                _raise_failure(delta.finish)
             began_s = time.perf_counter()
             output = text_stream.push(delta.token_ids, delta.finish)
-            busy_s += time.perf_counter() - began_s
+            now_s = time.perf_counter()
+            busy_s += now_s - began_s
             if busy_s > _YIELD_AFTER_S:
                 busy_s = 0.0
                 await asyncio.sleep(0)
             num_output_tokens += len(output.token_ids)
-            piece = Piece(
-                sequence.index,
-                output.text,
-                output.token_ids,
-                output.finish,
-                delta.num_prompt_tokens,
-                delta.num_cached_tokens,
-                num_output_tokens,
-                delta.num_retractions,
-                delta.prompt_scores,
-                delta.scores[: len(output.token_ids)],
-            )
-            timer.note(delta, piece)
-            held.append(piece)
+            piece = _make_piece(index, output, delta, num_output_tokens)
+            timer.note(delta, piece, now_s)
             if delta.beams:
-                for beam_piece in read_beams(delta.beams, join_pieces(held), tokenizer, sequence.sampling):
-                    yield beam_piece
+                yield read_beams(delta.beams, join_pieces([*held, piece]), tokenizer, sequence.sampling)
                 return
-            if _is_due(held, num_output_tokens, sequence.stream_interval):
-                yield join_pieces(held)
-                held = []
+            if stream_interval <= 1 and not held and num_output_tokens:
+                yield [piece]  # nearly every piece of a stream
+            else:
+                held.append(piece)
+                if _is_due(held, num_output_tokens, stream_interval):
+                    yield [join_pieces(held)]
+                    held = []
             if piece.finish is not None:
                 return
     raise InternalError(f"The engine ended request {sequence.rid} without giving a reason.")
+
+
+def _make_piece(index: int, output: TextDelta, delta: TokenDelta, num_output_tokens: int) -> Piece:
+    """A piece of what the text room made of a delta."""
+    return Piece(
+        index,
+        output.text,
+        output.token_ids,
+        output.finish,
+        delta.num_prompt_tokens,
+        delta.num_cached_tokens,
+        num_output_tokens,
+        delta.num_retractions,
+        delta.prompt_scores,
+        delta.scores[: len(output.token_ids)] if delta.scores else delta.scores,
+        num_drafted=delta.num_drafted,
+        num_accepted=delta.num_accepted,
+    )
 
 
 def read_beams(
@@ -187,9 +202,9 @@ def _is_due(held: list[Piece], num_output_tokens: int, stream_interval: int) -> 
     return num_held >= stream_interval or num_held == num_output_tokens
 
 
-def _raise_failure(finish: FinishReason | None) -> None:
+def _raise_failure(finish: FinishReason) -> None:
     """An abort that the user did not ask for is an error with a status of its own."""
-    if finish is not None and finish.kind == "abort" and finish.http_status:
+    if finish.kind == "abort" and finish.http_status:
         error_type: type[JaxserveError] = ERROR_BY_STATUS.get(finish.http_status, InternalError)
         raise error_type(finish.message)
 
@@ -206,8 +221,7 @@ class _Timer:
         self._last_s = 0.0
         self._num_tokens = 0
 
-    def note(self, delta: TokenDelta, piece: Piece) -> None:
-        now_s = time.perf_counter()
+    def note(self, delta: TokenDelta, piece: Piece, now_s: float) -> None:
         # A search tells all its tokens at once, at its end.
         num_new = delta.num_output_tokens if delta.beams else len(delta.token_ids)
         if num_new:
@@ -226,18 +240,19 @@ class _Timer:
             )
 
 
-async def merge_streams(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGenerator[list[Piece], None]:
+def merge_streams(streams: list[AsyncGenerator[list[Piece], None]]) -> AsyncGenerator[list[Piece], None]:
     """Run the streams side by side; yield whatever has arrived, joined per sequence.
 
     A reader that falls behind gets fewer, larger pieces. The first failure ends all of them, and so
     does closing this generator.
     """
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as pieces:
-            async for piece in pieces:
-                yield [piece]
-        return
-    arrived: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()
+    return streams[0] if len(streams) == 1 else _merge_several(streams)
+
+
+async def _merge_several(
+    streams: list[AsyncGenerator[list[Piece], None]],
+) -> AsyncGenerator[list[Piece], None]:
+    arrived: asyncio.Queue[list[Piece] | asyncio.Task[None]] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(stream, arrived)) for stream in streams]
     for task in tasks:
         task.add_done_callback(arrived.put_nowait)
@@ -249,11 +264,12 @@ async def merge_streams(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGene
                 items.append(arrived.get_nowait())
             by_index: dict[int, list[Piece]] = {}
             for item in items:
-                if isinstance(item, Piece):
-                    by_index.setdefault(item.index, []).append(item)
-                else:
+                if isinstance(item, asyncio.Task):
                     item.result()  # raises what ended the stream, if something did
                     num_running -= 1
+                    continue
+                for piece in item:
+                    by_index.setdefault(piece.index, []).append(piece)
             if by_index:
                 yield [join_pieces(pieces) for pieces in by_index.values()]
     finally:
@@ -262,6 +278,6 @@ async def merge_streams(streams: list[AsyncGenerator[Piece, None]]) -> AsyncGene
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _pump(stream: AsyncIterator[Piece], arrived: asyncio.Queue) -> None:
-    async for piece in stream:
-        arrived.put_nowait(piece)
+async def _pump(stream: AsyncIterator[list[Piece]], arrived: asyncio.Queue) -> None:
+    async for pieces in stream:
+        arrived.put_nowait(pieces)

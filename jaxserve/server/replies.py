@@ -80,6 +80,11 @@ class MetaInfo(msgspec.Struct, kw_only=True):
     input_token_ids_logprobs: list[list[LogprobEntry] | None] | UnsetType = UNSET
     output_token_ids_logprobs: list[list[LogprobEntry] | None] | UnsetType = UNSET
     cumulative_logprob: float | UnsetType = UNSET  # of a beam
+    spec_verify_ct: int | UnsetType = UNSET  # steps after the first token; all five if anything was guessed
+    spec_accept_length: float | UnsetType = UNSET  # tokens a step
+    spec_accept_rate: float | UnsetType = UNSET
+    spec_accept_token_num: int | UnsetType = UNSET
+    spec_draft_token_num: int | UnsetType = UNSET
 
 
 def render_finish(finish: FinishReason | None, num_output_tokens: int) -> dict[str, Any] | None:

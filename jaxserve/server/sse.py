@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from types import TracebackType
 from typing import Any
 
@@ -43,20 +44,25 @@ class EventStream:
     def __init__(self, request: Request, *, keep_alive_s: float):
         self._request = request
         self._keep_alive_s = keep_alive_s
-        self._lock = asyncio.Lock()  # the keep-alive task writes too
-        self._response: BaseHTTPResponse | None = None
+        self._lock = asyncio.Lock()  # for the first write: the keep-alive task writes too
+        self._response: BaseHTTPResponse | None = None  # once its head is out
         self._last_sent_s = 0.0
         self._keep_alive_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> EventStream:
-        self._last_sent_s = asyncio.get_running_loop().time()
+        self._last_sent_s = time.monotonic()
         self._keep_alive_task = asyncio.create_task(self._keep_alive())
         return self
 
     async def send(self, *events: msgspec.Struct | dict[str, Any]) -> None:
         """Send events in one write. Waits while the client's socket is full."""
-        if events:
-            await self._write(b"".join([frame(event) for event in events]))
+        if not events:
+            return
+        data = frame(events[0]) if len(events) == 1 else b"".join([frame(event) for event in events])
+        if self._response is None:
+            await self._begin(data)
+        else:
+            await self._write(self._response, data)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -71,7 +77,8 @@ class EventStream:
         try:
             if error is not None:
                 await self.send({"error": self._describe(error)})
-            await self._write(DONE, is_last=True)
+            response = self._response or await self._begin(b"")
+            await self._write(response, DONE, is_last=True)
         except asyncio.CancelledError:
             finish_request(self._request, 499)
             raise
@@ -85,21 +92,25 @@ class EventStream:
         logger.error("request %s failed while streaming", request_id, exc_info=error)
         return error_body(InternalError(f"The server failed; its log names request {request_id}."))
 
-    async def _write(self, data: bytes, *, is_last: bool = False) -> None:
+    async def _begin(self, data: bytes) -> BaseHTTPResponse:
+        """Write `data` after the head, if nobody has sent that yet."""
         async with self._lock:
-            if self._response is None:
-                self._response = HTTPResponse(
-                    content_type="text/event-stream; charset=utf-8", headers=_HEADERS
-                )
-                await self._request.respond(self._response)
-            await self._response.send(data, is_last)
-            self._last_sent_s = asyncio.get_running_loop().time()
+            response = self._response
+            if response is None:
+                response = HTTPResponse(content_type="text/event-stream; charset=utf-8", headers=_HEADERS)
+                await self._request.respond(response)
+            await self._write(response, data)
+            self._response = response
+        return response
+
+    async def _write(self, response: BaseHTTPResponse, data: bytes, *, is_last: bool = False) -> None:
+        await response.send(data, is_last)
+        self._last_sent_s = time.monotonic()
 
     async def _keep_alive(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            quiet_s = loop.time() - self._last_sent_s
+            quiet_s = time.monotonic() - self._last_sent_s
             if quiet_s >= self._keep_alive_s:
-                await self._write(_KEEP_ALIVE)
+                await self._begin(_KEEP_ALIVE)
                 quiet_s = 0.0
             await asyncio.sleep(self._keep_alive_s - quiet_s)

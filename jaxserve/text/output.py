@@ -10,7 +10,7 @@ queues, HTTP or JSON.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from jaxserve.text.detokenizer import Detokenizer
 from jaxserve.text.stop_regex import SearchAllowance, StopRegex
@@ -19,8 +19,7 @@ from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import FinishReason, SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True):
     """What one push adds. `finish` is set once, on the delta that ends the reply."""
 
     text: str
@@ -53,6 +52,7 @@ class TextStream:
         self._stops = build_stop_strings(params.stop)
         self._state = START
         self._patterns = StopRegex(params.stop_regex, allowance)
+        self._is_searched = not (self._stops.is_empty and self._patterns.is_empty)
         self._num_given = 0  # characters given out; those held back follow them
         self._held = ""  # decoded, but could be the beginning of a stop string or of a pattern's match
         # A skipped special token leaves no characters to search, so a stop string that spells one is
@@ -87,6 +87,12 @@ class TextStream:
         """
         if self.finish is not None:
             return TextDelta("", [], None)
+        if finish is None and not self._is_searched:  # nearly every push of a stream
+            self.token_ids += delta_token_ids
+            text = self._detokenizer.push(delta_token_ids)
+            if text:
+                self._parts.append(text)
+            return TextDelta(text, delta_token_ids, None)
         num_before = len(self.token_ids)
         shown_ids = self._without_stop_token(delta_token_ids, finish)
         text = self._take(shown_ids)
@@ -106,7 +112,7 @@ class TextStream:
 
     def _take(self, ids: list[int]) -> str:
         """Decode `ids`, up to the token that ends the reply; the text that is safe to give out."""
-        if self._stops.is_empty and self._patterns.is_empty:
+        if not self._is_searched:
             self.token_ids += ids
             return self._detokenizer.push(ids)
         text = ""

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes
@@ -39,8 +39,8 @@ DTYPES: dict[str, np.dtype] = {
 }
 QUANTIZATIONS = ("none", "int8")
 
-# 1 MB of float32: a block and its temporaries stay in a core's cache, and NumPy's overhead a call is nothing.
-_BLOCK_ELEMENTS = 1 << 18
+# 0.5 MB of float32: a block and its temporaries stay in a core's cache, and NumPy's overhead is small.
+_BLOCK_ELEMENTS = 1 << 17
 _MAX_THREADS = 8
 _ALIGNMENT = 64  # bytes; jax takes a host array as it is on the CPU, without a copy, if it starts on this
 _MIN_ABSMAX = 1e-12  # as in models/quant.py: the scale of a row of zeros is tiny, not zero
@@ -130,6 +130,28 @@ def make_dummy_params(
     return _build_params(specs, make_block, dtype, quantization, on_progress, put)
 
 
+def describe_params(specs: list[ParamSpec], *, dtype: str, quantization: str = "none") -> dict[str, Any]:
+    """What `load_params` will give on a single device, as shapes and types: enough to compile for."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def array(shape: tuple[int, ...], item_type: np.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, item_type, sharding=device)
+
+    params: dict[str, Any] = {}
+    for spec in specs:
+        if spec.kind != "vector" and quantization == "int8":
+            scale_F = array(spec.shape[:1], DTYPES["float32"])
+            params[spec.path] = Int8Matrix(array(spec.shape, np.dtype(np.int8)), scale_F)  # type: ignore[arg-type]
+        else:
+            params[spec.path] = array(spec.shape, DTYPES["float32" if spec.kind == "vector" else dtype])
+    return params
+
+
+def count_served_bytes(specs: list[ParamSpec], *, dtype: str, quantization: str = "none") -> int:
+    """Bytes of the arrays that `load_params` will give."""
+    return sum(_served_bytes(spec, dtype, quantization) for spec in specs)
+
+
 def check_checkpoint(checkpoint: CheckpointTensors, specs: list[ParamSpec], *, is_tied: bool) -> None:
     """Raise WeightError for tensors that are missing, of another shape, or used by no spec."""
     names = checkpoint.tensor_names()
@@ -176,7 +198,7 @@ def _build_params(
         raise WeightError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
     if dtype not in DTYPES:
         raise WeightError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    total_bytes = sum(_served_bytes(spec, dtype, quantization) for spec in specs)
+    total_bytes = count_served_bytes(specs, dtype=dtype, quantization=quantization)
     done_bytes = 0
     params: dict[str, Matrix] = {}
     with ThreadPoolExecutor(_num_threads(), thread_name_prefix="load-weights") as pool:
@@ -229,8 +251,8 @@ def _build_int8(
         absmax = np.maximum(block.max(axis=1), -block.min(axis=1))
         _require_finite(spec, block, absmax)
         scale = np.maximum(absmax, np.float32(_MIN_ABSMAX)) / np.float32(127)
-        scaled = block / scale[:, None]
-        q_host[first_row:end_row] = np.rint(scaled, out=scaled)
+        block /= scale[:, None]
+        q_host[first_row:end_row] = np.rint(block, out=block)
         scale_host[first_row:end_row] = scale
 
     _run_blocks(pool, fill, spec)

@@ -75,7 +75,7 @@ async def start_engine(model_path: str, **flags: Any) -> AsyncIterator[RunningEn
     config = ServerConfig(model_path=model_path, **{"dtype": "float32", "quantization": "none", **flags})
     client = EngineClient()
     link = ThreadLink(asyncio.get_running_loop(), client.handle)
-    files = resolve_model(model_path, on_progress=lambda *_: None)
+    files = resolve_model(model_path, load_format=config.load_format, on_progress=lambda *_: None)
     loop, runner, info = build_engine(config, files, link, lambda *_: None)
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()

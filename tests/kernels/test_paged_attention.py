@@ -7,27 +7,34 @@ import numpy as np
 import pytest
 
 from jaxserve.kernels_pallas.dispatch import XLA_KERNELS, choose_kernels
-from tests.kernels.cases import DECODE_LENGTHS, HEADS, PREFILL_RUNS, Heads, attend_exactly, make_pool
+from tests.kernels.cases import (
+    DECODE_LENGTHS,
+    POOLS,
+    PREFILL_POOLS,
+    PREFILL_RUNS,
+    Heads,
+    attend_exactly,
+    dequantize,
+    make_pool,
+)
 
 FORMS = [pytest.param(XLA_KERNELS, id="ref")]
 TOLERANCE = 2e-6
 
 
 @pytest.mark.parametrize("kernels", FORMS)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("page_size", [4, 16, 128])
-def test_decode(kernels, heads, page_size):
+@pytest.mark.parametrize(("heads", "dtype", "page_size"), POOLS, ids=str)
+def test_decode(kernels, heads, dtype, page_size):
     decode = jax.jit(kernels.paged_decode, static_argnames="scale")
     for lengths in DECODE_LENGTHS:
-        pool = make_pool(heads, lengths, page_size)
+        pool = make_pool(heads, lengths, page_size, dtype)
         q_RNH = np.random.default_rng(1).standard_normal(
             (len(lengths), heads.num_heads, heads.head_dim), np.float32
         )
         scale = heads.head_dim**-0.5
         out_RNH = decode(
             q_RNH,
-            pool.k_PSKH,
-            pool.v_PSKH,
+            pool.kv,
             pool.table_XW,
             np.asarray(pool.slots, np.int32),
             np.asarray(lengths, np.int32),
@@ -39,12 +46,11 @@ def test_decode(kernels, heads, page_size):
 
 
 @pytest.mark.parametrize("kernels", FORMS)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
-@pytest.mark.parametrize("page_size", [4, 128])
-def test_prefill(kernels, heads, page_size):
+@pytest.mark.parametrize(("heads", "dtype", "page_size"), PREFILL_POOLS, ids=str)
+def test_prefill(kernels, heads, dtype, page_size):
     prefill = jax.jit(kernels.paged_prefill, static_argnames="scale")
     for runs in PREFILL_RUNS:
-        pool = make_pool(heads, [kv_len for _, kv_len in runs], page_size)
+        pool = make_pool(heads, [kv_len for _, kv_len in runs], page_size, dtype)
         lens = np.asarray([length for length, _ in runs], np.int32)
         firsts = np.cumsum(lens) - lens
         padded = int(lens.sum()) + 5  # tokens of no run yield zeros
@@ -55,8 +61,7 @@ def test_prefill(kernels, heads, page_size):
         out_TNH = np.asarray(
             prefill(
                 q_TNH,
-                pool.k_PSKH,
-                pool.v_PSKH,
+                pool.kv,
                 pool.table_XW,
                 np.asarray(pool.slots, np.int32),
                 firsts.astype(np.int32),
@@ -76,17 +81,22 @@ def test_prefill(kernels, heads, page_size):
 
 
 @pytest.mark.parametrize("kernels", FORMS)
-def test_kv_write_touches_only_the_places_it_is_given(kernels):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_kv_write_touches_only_the_places_it_is_given(kernels, dtype):
     heads = Heads(4, 2, 8)
-    pool = make_pool(heads, [40], page_size=8)
+    pool = make_pool(heads, [40], 8, dtype)
     rng = np.random.default_rng(2)
     k_TKH, v_TKH = (rng.standard_normal((3, 2, 8), np.float32) for _ in "kv")
+    k_TKH[1, 0] = 0.0  # a head without a scale
     index_T = np.asarray([17, 3, 30], np.int32)
-    k_PSKH, v_PSKH = jax.jit(kernels.kv_write)(pool.k_PSKH, pool.v_PSKH, k_TKH, v_TKH, index_T)
-    for new, old, written in ((k_PSKH, pool.k_PSKH, k_TKH), (v_PSKH, pool.v_PSKH, v_TKH)):
-        want = old.copy().reshape(-1, 2, 8)
-        want[index_T] = written
-        np.testing.assert_array_equal(np.asarray(new).reshape(-1, 2, 8), want)
+    kv = jax.jit(kernels.kv_write)(pool.kv, k_TKH, v_TKH, index_T)
+    rounding = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 0.5 / 127}[dtype]  # of the largest of the head
+    for new, old, written in zip(dequantize(kv), dequantize(pool.kv), (k_TKH, v_TKH), strict=True):
+        new, old = new.reshape(-1, 2, 8), old.reshape(-1, 2, 8)
+        untouched = np.delete(np.arange(len(old)), index_T)
+        np.testing.assert_array_equal(new[untouched], old[untouched])
+        largest = np.abs(written).max(-1, keepdims=True)
+        assert (np.abs(new[index_T] - written) <= rounding * largest * 1.0001).all()
 
 
 def test_an_unknown_platform_is_refused():

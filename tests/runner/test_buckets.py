@@ -14,6 +14,11 @@ def test_a_cpu_ladder_compiles_the_smallest_decode_and_one_prefill_first():
     }
 
 
+def test_what_lets_more_be_done_at_once_is_compiled_before_what_saves_time():
+    ladder = make_ladder(max_rows=64, max_tokens=256, min_rows=1, mixes=False)
+    assert ladder.shapes[2:5] == (Shape(8, 0), Shape(0, 256), Shape(64, 0))
+
+
 def test_a_ladder_of_one_row_and_a_short_context_still_has_both_kinds():
     ladder = make_ladder(max_rows=1, max_tokens=3, min_rows=1, mixes=False)
     assert set(ladder.shapes) == {Shape(1, 0), Shape(0, 1), Shape(0, 3)}

@@ -14,6 +14,7 @@ from jaxserve.scheduler.plan import NO_TOKEN, PrefillChunk, StepPlan, StepResult
 from jaxserve.types import BeamResult, FinishReason, TokenParams, TokenScores
 
 VOCAB = 13
+REPETITIVE_SEEDS = (3, 4)
 
 
 def extend_hash(prefix_hash: int, token_id: int) -> int:
@@ -22,6 +23,8 @@ def extend_hash(prefix_hash: int, token_id: int) -> int:
 
 def sample_token(prefix_hash: int, params: TokenParams, num_output_tokens: int) -> int:
     token_id = ((prefix_hash >> 8) + params.seed) % VOCAB
+    if params.seed in REPETITIVE_SEEDS and prefix_hash % 8:  # a text that repeats itself, most of the time
+        token_id = num_output_tokens * (params.seed + 1) % 5
     while num_output_tokens < params.min_new_tokens and token_id in params.stop_ids:
         token_id = (token_id + 1) % VOCAB
     return token_id
@@ -157,20 +160,20 @@ class Request:
 class Slot:
     params: TokenParams
     known_ids: list[int]
-    num_output_tokens: int
     table: list[int] = field(default_factory=list)
     last_token_id: int = NO_TOKEN
 
 
 @dataclass
 class Feed:
-    """Tokens that one row or chunk computes in this step."""
+    """Tokens that one row or chunk computes in this step, or a draft: a row and those that verify guesses."""
 
     request: Request
     slot: Slot
     start: int
     token_ids: list[int]
     samples: bool
+    is_draft: bool = False  # each of its tokens yields a result
 
 
 @dataclass
@@ -180,12 +183,13 @@ class MemoryDevice:
     slots: dict[int, Slot] = field(default_factory=dict)
     memory: dict[tuple[int, int], tuple[int, int, int]] = field(default_factory=dict)
     num_copies: int = 0
+    num_rows: int = 0  # of decoding
 
     def launch(self, plan: StepPlan) -> StepResult:
         """Run a step; returns its results, aligned as plan.py says."""
         for init in plan.inits:
             known_ids = init.prompt_ids + init.output_ids
-            self.slots[init.slot] = Slot(init.params, known_ids, len(init.output_ids))
+            self.slots[init.slot] = Slot(init.params, known_ids)
         self._fork(plan)
         feeds = self._list_feeds(plan)
         # A step may neither rely on, nor be hurt by, the order in which its own rows read and write.
@@ -200,15 +204,16 @@ class MemoryDevice:
                 assert place not in written, f"two rows of one step write {place}"
                 written[place] = (token_id, position, prefix_hash)
         self.memory.update(written)
-        for feed in feeds:
-            self._check_context(feed, feed.start + len(feed.token_ids))
+        for feed in feeds:  # guesses may be wrong
+            self._check_context(feed, feed.start + (1 if feed.is_draft else len(feed.token_ids)))
         prompt_scores = [
             self._score_prompt(feed, chunk)
-            for feed, chunk in zip(feeds[len(plan.decode) :], plan.chunks, strict=True)
+            for feed, chunk in zip(feeds[len(feeds) - len(plan.chunks) :], plan.chunks, strict=True)
             if chunk.score_places
         ]
-        token_ids = [self._sample(feed) for feed in feeds]
-        return StepResult(token_ids, [self._score(feed) for feed in feeds], prompt_scores)
+        results = [result for feed in feeds for result in self._list_results(feed)]
+        token_ids, scores = zip(*results, strict=True)
+        return StepResult(list(token_ids), list(scores), prompt_scores)
 
     def _fork(self, plan: StepPlan) -> None:
         for table in plan.tables:
@@ -224,13 +229,21 @@ class MemoryDevice:
                     self.memory[copy.target, offset] = before[copy.source, offset]
 
     def _list_feeds(self, plan: StepPlan) -> list[Feed]:
-        feeds = []
+        feeds: list[Feed] = []
         for row in plan.decode:
             slot = self.slots[row.slot]
+            self.num_rows += 1
             index = row.position // self.page_size
             assert index <= len(slot.table), f"slot {row.slot} has no table up to page {index}"
             slot.table[index:] = [row.page_id]
             token_id = slot.last_token_id if row.token_id == NO_TOKEN else row.token_id
+            assert token_id != NO_TOKEN, f"nobody knows what slot {row.slot} is to be fed"
+            before = feeds[-1] if feeds else None
+            if before and before.slot is slot:
+                assert row.position == before.start + len(before.token_ids), "a draft with a gap"
+                before.token_ids.append(token_id)
+                before.is_draft = True
+                continue
             feeds.append(Feed(self.requests[row.seq_id], slot, row.position, [token_id], True))
         for chunk in plan.chunks:
             slot = self.slots[chunk.slot]
@@ -263,19 +276,24 @@ class MemoryDevice:
             assert held == right, f"{request.rid} reads {held} at position {position}, expected {right}"
             prefix_hash = held[2]
 
-    def _sample(self, feed: Feed) -> int:
-        if not feed.samples:
-            return 0
-        slot = feed.slot
-        slot.last_token_id = sample_token(self._last_hash(feed), slot.params, slot.num_output_tokens)
-        slot.num_output_tokens += 1
-        return slot.last_token_id
+    def _list_results(self, feed: Feed) -> list[tuple[int, TokenScores | None]]:
+        """One for the last token that is fed, or for each of a draft."""
+        first = 0 if feed.is_draft else len(feed.token_ids) - 1
+        return [self._sample(feed, feed.start + index) for index in range(first, len(feed.token_ids))]
 
-    def _score(self, feed: Feed) -> TokenScores | None:
-        scores = feed.slot.params.scores
-        if not feed.samples or scores is None or not scores.of_output:
-            return None
-        return score_row(self._last_hash(feed), scores.num_top)
+    def _sample(self, feed: Feed, position: int) -> tuple[int, TokenScores | None]:
+        if not feed.samples:
+            return 0, None
+        slot = feed.slot
+        prefix_hash = self._read(slot, position)[2]
+        num_output_tokens = position + 1 - len(feed.request.prompt_ids)
+        token_id = sample_token(prefix_hash, slot.params, num_output_tokens)
+        # Which row of a draft the device remembers is left open: none may be relied on.
+        slot.last_token_id = NO_TOKEN if feed.is_draft else token_id
+        scores = slot.params.scores
+        if scores is None or not scores.of_output:
+            return token_id, None
+        return token_id, score_row(prefix_hash, scores.num_top)
 
     def _score_prompt(self, feed: Feed, chunk: PrefillChunk) -> list[TokenScores]:
         rows = [chunk.start + place for place in chunk.score_places]
@@ -283,9 +301,6 @@ class MemoryDevice:
             score_prompt_row(self._read(feed.slot, row)[2], row, target_id)
             for row, target_id in zip(rows, chunk.score_targets, strict=True)
         ]
-
-    def _last_hash(self, feed: Feed) -> int:
-        return self._read(feed.slot, feed.start + len(feed.token_ids) - 1)[2]
 
 
 def slot_searches(slot: Slot) -> bool:

@@ -24,8 +24,10 @@ TOKEN_BUCKETS = (4, 8, 16)
 
 
 class Simulation:
-    def __init__(self, page_size, num_usable_pages, limits, depth, use_prefix_cache):
-        self.state = new_state(num_usable_pages + 1, page_size, limits.max_rows, use_prefix_cache)
+    def __init__(self, page_size, num_usable_pages, limits, depth, use_prefix_cache, max_drafts=0):
+        self.state = new_state(
+            num_usable_pages + 1, page_size, limits.max_rows, use_prefix_cache, max_drafts=max_drafts
+        )
         self.num_usable_pages = num_usable_pages
         self.limits = limits
         self.depth = depth  # steps that may be in flight when the next is planned
@@ -76,10 +78,12 @@ class Simulation:
         was_planned = oldest.num_planned if oldest else 0
         waits_for_itself = bool(oldest and oldest.is_search and oldest.num_in_flight)
         plan = schedule(self.state, self.limits)
+        # A plan waits for what is in flight because of drafts; then that must end before the next.
+        waits_for_drafts = plan.is_empty and bool(self.in_flight) and self.state.max_drafts > 0
         check_integrity(self.state)
         if oldest:
             gets_on = oldest.num_planned > was_planned or oldest.is_fully_planned
-            assert gets_on or waits_for_itself, "the oldest gets no further"
+            assert gets_on or waits_for_itself or waits_for_drafts, "the oldest gets no further"
         self.log.append(plan)
         self._check_limits(plan)
         if not plan.is_empty:
@@ -128,7 +132,7 @@ class Simulation:
         limits = self.limits
         assert len(plan.chunks) <= limits.max_chunks
         assert num_running(self.state) <= limits.max_rows
-        assert len(plan.decode) <= limits.max_rows
+        assert len(plan.decode) <= max(limits.max_rows, *limits.row_buckets, 0)
         num_tokens = plan.num_chunk_tokens
         assert num_tokens <= limits.max_chunk_tokens
         if num_tokens > TOKEN_BUCKETS[0]:

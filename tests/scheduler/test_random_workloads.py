@@ -19,7 +19,7 @@ PARAMS = st.builds(
     st.one_of(st.integers(0, 2), st.integers(5, 20)),
     st.integers(0, 3),
     st.sampled_from([(), (3,), (5, 7)]),
-    st.integers(0, 2),
+    st.integers(0, 4),
 )
 
 SEARCHES = st.builds(
@@ -78,15 +78,21 @@ OPERATION = st.integers(0, 11).flatmap(lambda kind: ([ADD] * 7 + [STEP] * 3 + [A
 @st.composite
 def workloads(draw):
     page_size = draw(st.sampled_from([1, 2, 4]))
+    row_buckets = draw(st.sampled_from([(1, 2, 4, 8), (4, 8, 16), (5,)]))
     limits = StepLimits(
         page_size=page_size,
         max_rows=draw(st.integers(1, 5)),
         max_chunks=draw(st.integers(1, 3)),
         max_chunk_tokens=draw(st.sampled_from([3, 4, 9, 16, 20])),
         token_buckets=TOKEN_BUCKETS,
+        row_buckets=row_buckets,
+        row_costs=tuple(1 + rows * draw(st.sampled_from([0.0, 0.05])) for rows in row_buckets),
+        wait_cost=draw(st.sampled_from([0.0, 0.2])),
     )
     num_usable_pages = draw(st.integers(28, 48)) // page_size
-    settings_of_engine = (page_size, num_usable_pages, limits, draw(st.integers(0, 2)), draw(st.booleans()))
+    max_drafts = draw(st.sampled_from([0, 1, 3, 7]))
+    depth, use_prefix_cache = draw(st.integers(0, 2)), draw(st.booleans())
+    settings_of_engine = (page_size, num_usable_pages, limits, depth, use_prefix_cache, max_drafts)
     return settings_of_engine, draw(st.lists(OPERATION, min_size=8, max_size=30))
 
 

@@ -37,9 +37,9 @@ def test_a_request_from_prompt_to_end():
     assert (first.rid, first.token_ids, first.num_prompt_tokens, first.finish) == ("a", [20], 3, None)
 
     plan, _ = run_step(state, token_id=21)  # token 20 is fed at position 3, the last place of page 1
-    assert plan.decode == (DecodeRow(slot=0, seq_id=0, epoch=0, position=3, page_id=1),)
+    assert plan.decode == (DecodeRow(slot=0, seq_id=0, epoch=0, position=3, page_id=1, token_id=20),)
     plan, (last,) = run_step(state, token_id=22)  # position 4 begins page 2
-    assert plan.decode == (DecodeRow(slot=0, seq_id=0, epoch=0, position=4, page_id=2),)
+    assert plan.decode == (DecodeRow(slot=0, seq_id=0, epoch=0, position=4, page_id=2, token_id=21),)
     assert last.token_ids == [22]
     assert last.num_output_tokens == 3
     assert last.finish == FinishReason(kind="length")
@@ -161,7 +161,7 @@ def test_the_tokens_left_over_by_a_bucket_come_next_and_page_borders_do_not_matt
 
 
 def test_a_request_that_the_bucket_leaves_out_entirely_keeps_its_place_and_holds_nothing():
-    state = new_state(num_pages=50, page_size=PAGE, max_rows=8)
+    state = new_state(num_pages=50, page_size=PAGE, max_rows=8, prefers_cached=False)
     submit(state, "warm", [2] * 5, max_new_tokens=0)
     run_step(state)
     submit(state, "a", [1] * 8)

@@ -178,6 +178,8 @@ def test_metrics_have_sglangs_names():
         num_free_pages=200,
         num_prompt_tokens=100,
         num_cached_tokens=25,
+        num_computed_tokens=75,
+        num_evicted_tokens=32,
         num_generated_tokens=50,
         num_late_compiles=1,
         step_gap_s=0.25,
@@ -193,6 +195,7 @@ def test_metrics_have_sglangs_names():
         "sglang:prompt_tokens_total": 100,
         "sglang:generation_tokens_total": 50,
         "sglang:cached_tokens_total": 25,
+        "sglang:evicted_tokens_total": 32,
         "sglang:num_requests_total": 1,
         "sglang:num_running_reqs": 2,
         "sglang:num_queue_reqs": 1,
@@ -209,6 +212,10 @@ def test_metrics_have_sglangs_names():
         "jaxserve:step_gap_seconds_total": 0.25,
     }
     assert {name: float(values[name + model]) for name in expected} == expected
+    by_mode = {"prefill_compute": 75, "prefill_cache": 25, "decode": 50}
+    for mode, count in by_mode.items():
+        series = f'sglang:realtime_tokens_total{{mode="{mode}",model_name="fake-model"}}'
+        assert float(values[series]) == count
     assert values['sglang:http_responses_total{endpoint="generate",method="POST",status_code="200"}'] == "1.0"
     assert values['sglang:http_responses_total{endpoint="unmatched",method="GET",status_code="404"}'] == "1.0"
 

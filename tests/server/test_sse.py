@@ -39,3 +39,12 @@ def test_the_connection_serves_the_next_request_after_a_stream():
         second = client.get("/health")
     assert first.headers["connection"] == second.headers["connection"] == "keep-alive"
     assert first.headers["cache-control"] == "no-cache"
+
+
+def test_a_first_event_that_meets_a_comment_finds_one_head():
+    """The first token comes just when the first comment is due."""
+    for delay_s in (0.049, 0.05, 0.051):
+        with open_client(FakeEngine(reply="ab", delay_s=delay_s), keep_alive_s=0.05) as client:
+            response = client.post("/generate", json={"text": "x", "stream": True})
+        assert "HTTP/1.1" not in response.text
+        assert [event["text"] for event in read_events(response)][-1].startswith("ab")

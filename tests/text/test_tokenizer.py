@@ -41,6 +41,14 @@ def test_a_token_is_its_bytes_even_when_they_are_half_a_character(byte_level, se
     assert b"".join(map(sentencepiece.token_bytes, rest)) == "漢".encode()  # no such piece: <0xNN> tokens
 
 
+def test_a_token_has_a_text_of_its_own_only_if_it_is_whole_characters(byte_level):
+    half = byte_level.encode("é")[0]
+    for _ in range(2):  # the second time from memory
+        assert byte_level.whole_text(ord("a")) == "a"
+        assert byte_level.whole_text(half) is None
+        assert byte_level.whole_text(byte_level.vocab_size + 5) == ""
+
+
 def test_special_tokens_are_ids_in_the_text_and_can_be_left_out_of_it(byte_level):
     ids = byte_level.encode("a<|eos|>b")
     assert ids == [ord("a"), 256, ord("b")]

@@ -19,7 +19,7 @@ from jaxserve.models import llama, qwen2
 from jaxserve.models.interface import ParamSpec, TensorSource
 from jaxserve.models.quant import Int8Matrix, Matrix
 from jaxserve.weights import loader
-from jaxserve.weights.loader import load_params, make_dummy_params
+from jaxserve.weights.loader import count_served_bytes, describe_params, load_params, make_dummy_params
 from jaxserve.weights.resolve import ModelFiles, resolve_model
 from tests import tiny
 from tests.weights.gguf_files import write_model, write_tensors
@@ -134,6 +134,20 @@ def test_progress_counts_served_bytes_to_the_end(tmp_path: Path) -> None:
     served_bytes = sum(param.nbytes for param in jax.tree.leaves(params))
     assert told == sorted(told)
     assert told[-1] == (served_bytes, served_bytes)
+
+
+@pytest.mark.parametrize(("dtype", "quantization"), [("bfloat16", "none"), ("float32", "int8")])
+def test_what_will_be_loaded_is_described_before_it_is(tmp_path: Path, dtype: str, quantization: str) -> None:
+    """Programs are compiled for the description, and the pool is sized by it, while the files are read."""
+    tiny.write_tiny_checkpoint(tmp_path, "qwen2")
+    precision = {"dtype": dtype, "quantization": quantization}
+    params = load(tmp_path, "qwen2", **precision)
+    described = describe_params(specs_of("qwen2"), **precision)
+    assert jax.tree.structure(described) == jax.tree.structure(params)
+    for shape, array in zip(jax.tree.leaves(described), jax.tree.leaves(params), strict=True):
+        assert (shape.shape, shape.dtype, shape.sharding) == (array.shape, array.dtype, array.sharding)
+    served_bytes = sum(array.nbytes for array in jax.tree.leaves(params))
+    assert count_served_bytes(specs_of("qwen2"), **precision) == served_bytes
 
 
 def rewrite(folder: Path, **changes: np.ndarray | None) -> None:
