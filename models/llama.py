@@ -133,9 +133,9 @@ class Model(nnx.Module):
             k_TKH = apply_rope(k_TF.reshape(-1, cfg.num_kv_heads, cfg.head_dim), cos_T1H, sin_T1H)
             v_TKH = v_TF.reshape(-1, cfg.num_kv_heads, cfg.head_dim)
             o_TNH, kv = attend(self.kernels, q_TNH, k_TKH, v_TKH, kv, batch, cfg.head_dim**-0.5)
-            x_TD = x_TD + matmul(o_TNH.reshape(-1, q_width), layer.w_o_DF.get_value(), num_terms=1)
+            x_TD = x_TD + matmul(o_TNH.reshape(-1, q_width), layer.w_o_DF.get_value())
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
-            gate_up_TF = matmul(h_TD, layer.w_gate_up_FD.get_value(), num_terms=1)
+            gate_up_TF = matmul(h_TD, layer.w_gate_up_FD.get_value())
             gate_TF, up_TF = jnp.split(gate_up_TF, 2, axis=1)
             return x_TD + matmul(jax.nn.silu(gate_TF) * up_TF, layer.w_down_DF.get_value()), kv
 

@@ -109,7 +109,7 @@ def store(k_PSKH: Any, v_PSKH: Any, dtype: str) -> KVLayer:
 
 
 def shared_channels(head_dim: int) -> list[list[int]]:
-    """The channels of K that each scale is for: 8 rotary pairs (i, i + H / 2), or half of them all if fewer."""
+    """The channels of K that each scale is for: 8 rotary pairs (i, i + H / 2), or half of all."""
     half = head_dim // 2
     num_pairs = min(8, half // 2)
     return [
