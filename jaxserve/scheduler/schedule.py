@@ -53,7 +53,7 @@ def add(
     priority: int = 0,
     cache_salt: str = "",
 ) -> None:
-    """Queue a request: higher priority first, then first come first served.
+    """Queue a request: higher priority first, then by arrival (queue_order.py may prefer cached prefixes).
 
     `params.max_new_tokens` is clipped so that the request fits the pool when it is alone there. Raises
     InvalidRequestError for an empty prompt, one that the whole pool cannot hold, an id in use, or a beam
@@ -102,8 +102,8 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
     assert min(limits.max_rows, limits.max_chunks, limits.max_chunk_tokens) >= 1, (
         f"no room for a step: {limits}"
     )
-    drafts = [] if is_verifying(state) else choose_drafts(state, limits)
-    if is_verifying(state) or any(draft.seq.num_in_flight for draft in drafts):
+    drafts = None if is_verifying(state) else choose_drafts(state, limits)
+    if drafts is None or any(draft.seq.num_in_flight for draft in drafts):
         return StepPlan(step=state.num_steps, inits=(), decode=(), chunks=())
     _secure_oldest(state)
     rows, searches = _plan_decode_rows(state)
