@@ -79,9 +79,9 @@ class ModelRunner:
         return live_bytes(self._state.kv)
 
     def load(self, on_progress: OnProgress) -> None:
-        """Read the weights. Raises WeightError."""
-        assert self._checkpoint is not None, "there is no checkpoint to read"
-        self._weights = Weights(nnx.split(self._checkpoint.read_model(on_progress))[1])
+        """Read the weights, at the start or where they were dropped. Raises WeightError."""
+        assert self._checkpoint is not None, "there is no checkpoint to read the weights from"
+        self._weights.put_new(self._checkpoint.read_tree(on_progress))
 
     def warm_up(self, on_progress: Callable[[int, int], None]) -> None:
         """Compile what serving needs first: the ladder's first two programs."""
@@ -183,8 +183,7 @@ class ModelRunner:
             if self._weights.is_kept:
                 self._weights.put_back()
             else:
-                assert self._checkpoint is not None, "the weights were dropped and cannot be read again"
-                self._weights.put_new(self._checkpoint.read_tree(log_progress))
+                self.load(log_progress)
                 trim_host_memory()
         if KV_CACHE in tags and live_bytes(self._state) == 0:
             self._state = jax.block_until_ready(self.programs.allocate())
