@@ -133,17 +133,13 @@ def make_dummy_params(
 def describe_params(specs: list[ParamSpec], *, dtype: str, quantization: str = "none") -> dict[str, Any]:
     """What `load_params` will give on a single device, as shapes and types: enough to compile for."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-    def array(shape: tuple[int, ...], item_type: np.dtype) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, item_type, sharding=device)
-
     params: dict[str, Any] = {}
     for spec in specs:
-        if spec.kind != "vector" and quantization == "int8":
-            scale_F = array(spec.shape[:1], DTYPES["float32"])
-            params[spec.path] = Int8Matrix(array(spec.shape, np.dtype(np.int8)), scale_F)  # type: ignore[arg-type]
-        else:
-            params[spec.path] = array(spec.shape, DTYPES["float32" if spec.kind == "vector" else dtype])
+        arrays = [
+            jax.ShapeDtypeStruct(shape, item_type, sharding=device)
+            for shape, item_type in _list_arrays(spec, dtype, quantization)
+        ]
+        params[spec.path] = Int8Matrix(*arrays) if _is_int8(spec, quantization) else arrays[0]  # type: ignore[arg-type]
     return params
 
 
@@ -203,11 +199,10 @@ def _build_params(
     params: dict[str, Matrix] = {}
     with ThreadPoolExecutor(_num_threads(), thread_name_prefix="load-weights") as pool:
         for spec in specs:
-            if spec.kind != "vector" and quantization == "int8":
+            if _is_int8(spec, quantization):
                 params[spec.path] = _build_int8(spec, read_block, pool, put)
             else:
-                target = DTYPES["float32"] if spec.kind == "vector" else DTYPES[dtype]
-                params[spec.path] = _build_float(spec, target, read_block, pool, put)
+                params[spec.path] = _build_float(spec, _float_type(spec, dtype), read_block, pool, put)
             done_bytes += _served_bytes(spec, dtype, quantization)
             on_progress("Loading weights", done_bytes, total_bytes)
     return params
@@ -313,13 +308,24 @@ def _require_finite(spec: ParamSpec, block: np.ndarray, derived: np.ndarray) -> 
     )
 
 
+def _is_int8(spec: ParamSpec, quantization: str) -> bool:
+    return spec.kind != "vector" and quantization == "int8"
+
+
+def _float_type(spec: ParamSpec, dtype: str) -> np.dtype:
+    return DTYPES["float32" if spec.kind == "vector" else dtype]
+
+
+def _list_arrays(spec: ParamSpec, dtype: str, quantization: str) -> list[tuple[tuple[int, ...], np.dtype]]:
+    """Shape and type of each array that a parameter is served as: the values, and of int8 the scales."""
+    if _is_int8(spec, quantization):
+        return [(spec.shape, np.dtype(np.int8)), (spec.shape[:1], DTYPES["float32"])]
+    return [(spec.shape, _float_type(spec, dtype))]
+
+
 def _served_bytes(spec: ParamSpec, dtype: str, quantization: str) -> int:
-    num_elements = math.prod(spec.shape)
-    if spec.kind == "vector":
-        return num_elements * 4
-    if quantization == "int8":
-        return num_elements + spec.shape[0] * 4
-    return num_elements * DTYPES[dtype].itemsize
+    arrays = _list_arrays(spec, dtype, quantization)
+    return sum(math.prod(shape) * item_type.itemsize for shape, item_type in arrays)
 
 
 def _num_threads() -> int:
