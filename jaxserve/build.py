@@ -51,7 +51,7 @@ def build_engine(
     use_compile_cache(_compile_cache_dir(config, machine))
     family, cfg = read_family(config.model_path, files)
     specs = family.param_specs(cfg)
-    precision = choose_precision(config, machine.platform, checkpoint_bits(files, specs))
+    precision = choose_precision(config, machine, checkpoint_bits(files, specs))
     logger.info("Load weight begin. %s as %s", config.model_path, _describe(precision))
     checkpoint = Checkpoint(
         files=files,
@@ -134,7 +134,12 @@ def read_machine() -> Machine:
         memory = read_host_memory()
         memory_bytes, free_bytes = memory.total_bytes, memory.free_bytes
     return Machine(
-        platform=kind, num_devices=jax.device_count(), memory_bytes=memory_bytes, free_bytes=free_bytes
+        platform=kind,
+        num_devices=jax.device_count(),
+        memory_bytes=memory_bytes,
+        free_bytes=free_bytes,
+        # XLA's CPU backend converted a bf16 pool for every scatter into it, and back.
+        updates_bf16_in_place=kind != "cpu" or jax.__version_info__ >= (0, 11),
     )
 
 

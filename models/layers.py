@@ -56,7 +56,9 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 def rope_tables(positions_T: jax.Array, frequencies: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:
     """cos and sin of position * frequency, float32 [T, 1, H / 2]; computed once a step."""
     angle_TH = positions_T[:, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, :]
-    return jnp.cos(angle_TH)[:, None, :], jnp.sin(angle_TH)[:, None, :]
+    tables = jnp.cos(angle_TH)[:, None, :], jnp.sin(angle_TH)[:, None, :]
+    # XLA would compute them again for every head of every layer.
+    return jax.lax.optimization_barrier(tables)
 
 
 def apply_rope(x_TNH: jax.Array, cos_T1H: jax.Array, sin_T1H: jax.Array) -> jax.Array:

@@ -1,20 +1,31 @@
-"""Quantised matrices: int8 weights with a float32 scale a row, and the products that read them.
+"""Quantised matrices: rotated int8 weights with a float32 scale a row, and the products that read them.
 
 `matmul` is the only way a model multiplies by a weight, so a family file reads the same whatever the
 weight's type. Activations of an int8 product are int8 too, because on the CPU XLA converts an int8 weight in
-the graph at a tenth of the speed; two int8 terms an activation, because one loses too much (see `matmul`).
+the graph at a tenth of the speed.
+
+A few channels of an activation are many times larger than the rest, and as a row has one scale, they leave
+the others few steps of the 255. So runs of up to 64 channels are mixed by a Hadamard matrix first, which
+spreads what is large over its run: x w^T = (x H)(w H)^T for an orthogonal H. Weights are rotated while they
+are loaded, activations in `matmul` (QuaRot, Ashkboos et al. 2024, with online rotations only).
 """
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+MOST_MIXED = 64  # channels; 32 saves 3 % of a prefill and is a little further from float32
+MOST_TRANSPOSED_TOKENS = 16  # of more, reading the product across its rows takes longer than is won
 
 
 class Int8Matrix(NamedTuple):
-    """A [output, input] matrix as int8 values and one float32 scale an output row (absmax / 127)."""
+    """A rotated [output, input] matrix as int8 values and one float32 scale an output row (absmax / 127)."""
 
     q_FD: jax.Array
     scale_F: jax.Array
@@ -31,42 +42,64 @@ def matmul(x_TD: jax.Array, w_FD: Matrix) -> jax.Array:
     """x @ w.T in float32: [T, D] times [F, D] gives [T, F] float32, whatever the weight's dtype.
 
     bf16 operands accumulate in float32 (asked for explicitly: without it XLA's CPU backend converts the
-    whole weight).
-
-    int8: x is the sum of two int8 terms, its rounding to 1/127 of the row's absmax and the rounding of what
-    that leaves, and both go through one product as twice the rows, accumulated in int32. A single term
-    costs SmolLM2 135M 6.4 % of perplexity and Qwen2.5 0.5B 3.3 %, two cost 0.3 % and 0.5 %, as much as
-    float32 activations do. Decode reads the weight once either way; one row becomes the two that the CPU
-    wants at least.
+    whole weight). int8: x is rotated and rounded to 1/127 of its row's absmax; sums are int32.
     """
-    contract_last = (((1,), (1,)), ((), ()))
     if isinstance(w_FD, Int8Matrix):
-        num_tokens = x_TD.shape[0]
-        coarse_TD, coarse_scale_T1 = _quantize_rows(x_TD.astype(jnp.float32))
-        rest_TD, rest_scale_T1 = _quantize_rows(x_TD - coarse_TD.astype(jnp.float32) * coarse_scale_T1)
-        both_UD = jnp.concatenate([coarse_TD, rest_TD])  # U = 2 T
-        y_UF = jax.lax.dot_general(both_UD, w_FD.q_FD, contract_last, preferred_element_type=jnp.int32)
-        y_TF = y_UF[:num_tokens] * coarse_scale_T1 + y_UF[num_tokens:] * rest_scale_T1
-        return y_TF * w_FD.scale_F[None, :]
+        q_TD, scale_T1 = _quantize_rows(rotate(x_TD.astype(jnp.float32)))
+        return _product(q_TD, w_FD.q_FD, jnp.int32) * scale_T1 * w_FD.scale_F[None, :]
+    return _product(x_TD.astype(w_FD.dtype), w_FD, jnp.float32)
+
+
+def _product(x_TD: jax.Array, w_FD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[T, F], summed in `dtype`, in the form that XLA's CPU backend is fast at; the others take either.
+
+    It copies the right operand of a product into another order first, which for a weight takes as long as
+    reading it. So for few tokens the weight is the left one. And one row of int8 or bf16 takes twenty times
+    as long as two.
+    """
+    num_tokens = x_TD.shape[0]
+    contract_last = (((1,), (1,)), ((), ()))
     # Float32 weights mean float32 products: TPUs and GPUs would round the operands unless told so.
     precision = jax.lax.Precision.HIGHEST if w_FD.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x_TD.astype(w_FD.dtype),
-        w_FD,
-        contract_last,
+    multiply = partial(
+        jax.lax.dot_general,
+        dimension_numbers=contract_last,
         precision=precision,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=dtype,
     )
+    if num_tokens > MOST_TRANSPOSED_TOKENS:
+        return multiply(x_TD, w_FD)
+    if num_tokens == 1 and w_FD.dtype != jnp.float32:
+        x_TD = jnp.pad(x_TD, ((0, 1), (0, 0)))
+    # Behind a barrier, for XLA would turn the transpose of a product into the product that is avoided here.
+    y_FT = jax.lax.optimization_barrier(multiply(w_FD, x_TD))
+    return y_FT[:, :num_tokens].T
+
+
+def embed(token_ids_T: jax.Array, w_VD: Matrix) -> jax.Array:
+    """Rows of an embedding matrix: [T] int32 to [T, D] float32."""
+    if isinstance(w_VD, Int8Matrix):
+        return rotate(w_VD.q_FD[token_ids_T].astype(jnp.float32) * w_VD.scale_F[token_ids_T][:, None])
+    return w_VD[token_ids_T].astype(jnp.float32)
+
+
+def rotate(x_TD: jax.Array) -> jax.Array:
+    """Each run of channels times its Hadamard matrix: [T, D] float32. Twice gives x again."""
+    h_HH = hadamard(x_TD.shape[1])
+    x_RH = x_TD.reshape(-1, h_HH.shape[0])  # R runs of H channels
+    return jnp.matmul(x_RH, h_HH, precision=jax.lax.Precision.HIGHEST).reshape(x_TD.shape)
+
+
+def hadamard(width: int) -> np.ndarray:
+    """The symmetric, orthogonal matrix that mixes a run of channels, [H, H] float32: H is the largest power
+    of two, up to 64, that divides the width."""
+    h_HH = np.ones((1, 1), np.float32)
+    while h_HH.shape[0] < math.gcd(width, MOST_MIXED):
+        h_HH = np.block([[h_HH, h_HH], [h_HH, -h_HH]])
+    return h_HH / np.sqrt(np.float32(h_HH.shape[0]))
 
 
 def _quantize_rows(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """int8 values and one float32 scale a row: absmax / 127, round to nearest."""
     scale_T1 = jnp.maximum(jnp.max(jnp.abs(x_TD), axis=1, keepdims=True), 1e-12) / 127.0
     return jnp.round(x_TD / scale_T1).astype(jnp.int8), scale_T1
-
-
-def embed(token_ids_T: jax.Array, w_VD: Matrix) -> jax.Array:
-    """Rows of an embedding matrix: [T] int32 to [T, D] float32."""
-    if isinstance(w_VD, Int8Matrix):
-        return w_VD.q_FD[token_ids_T].astype(jnp.float32) * w_VD.scale_F[token_ids_T][:, None]
-    return w_VD[token_ids_T].astype(jnp.float32)

@@ -13,9 +13,7 @@ from jaxserve.errors import ConfigError
 
 GIB = 1 << 30
 PAGE_SIZE = {"tpu": 128, "gpu": 64, "cpu": 16}
-# Rows of the smallest decode program. On the CPU a bf16 product of one row is 5 to 10 times slower than
-# one of two (XLA's matrix-vector path converts the weight); float32 is not, and int8 has two terms a row.
-CPU_MIN_ROWS = {"float32": 1, "bfloat16": 2, "int8": 1}
+MIN_ROWS = {"tpu": 8, "gpu": 8, "cpu": 1}  # of the smallest decode program
 CPU_KV_BYTES = 2 * GIB  # a laptop's share for the pool when nothing is said
 
 
@@ -27,6 +25,7 @@ class Machine:
     num_devices: int
     memory_bytes: int  # of one device; of the machine on the CPU
     free_bytes: int  # before the weights are loaded
+    updates_bf16_in_place: bool = True  # or a step copies the whole pool, if it is bfloat16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +54,7 @@ class Sizes:
         return math.ceil(self.context_length / self.page_size)
 
 
-def choose_precision(config: ServerConfig, platform: str, checkpoint_bits: float) -> Precision:
+def choose_precision(config: ServerConfig, machine: Machine, checkpoint_bits: float) -> Precision:
     """Types of weights and pool. `checkpoint_bits` is what a weight takes in the files, on average.
 
     A checkpoint of 8 bits or fewer (8.6 with scales and metadata) is served in int8 on the CPU, where
@@ -64,14 +63,13 @@ def choose_precision(config: ServerConfig, platform: str, checkpoint_bits: float
     """
     quantization = config.quantization
     if quantization == "auto":
-        quantization = "int8" if platform == "cpu" and checkpoint_bits < 12 else "none"
+        quantization = "int8" if machine.platform == "cpu" and checkpoint_bits < 12 else "none"
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if checkpoint_bits > 24 else "bfloat16"
     kv_dtype = config.kv_cache_dtype
     if kv_dtype == "auto":
-        # A scatter into a bf16 pool converts the whole pool on XLA's CPU backend (jax 0.10).
-        kv_dtype = "float32" if platform == "cpu" or dtype == "float32" else "bfloat16"
+        kv_dtype = dtype if machine.updates_bf16_in_place else "float32"
     return Precision(dtype=dtype, quantization=quantization, kv_dtype=kv_dtype)
 
 
@@ -130,7 +128,7 @@ def choose_sizes(
         num_pages=num_pages + 1,
         max_rows=max_rows,
         chunk_tokens=chunk_tokens,
-        min_rows=_min_rows(platform, precision, max_rows),
+        min_rows=min(MIN_ROWS[platform], max_rows),
         mixes=platform != "cpu",
     )
 
@@ -143,10 +141,3 @@ def _pool_budget(config: ServerConfig, machine: Machine, param_bytes: int) -> in
     if machine.platform == "cpu":
         return min(wanted_bytes, machine.free_bytes) - param_bytes
     return wanted_bytes - (machine.memory_bytes - machine.free_bytes) - param_bytes
-
-
-def _min_rows(platform: str, precision: Precision, max_rows: int) -> int:
-    if platform != "cpu":
-        return min(8, max_rows)
-    kind = precision.dtype if precision.quantization == "none" else precision.quantization
-    return CPU_MIN_ROWS[kind]

@@ -25,7 +25,7 @@ from jaxserve.kernels_pallas.kv_layer import KVLayer
 
 # Measured on the CPU (2 cores, AVX-512). One row alone needs no blocks that rows share, so its are larger.
 DECODE_BLOCK_TOKENS = 64
-DECODE_TRIP_TOKENS = (256, 1024)  # of one row, and of many rows at most
+DECODE_TRIP_TOKENS = (256, 2048)  # of one row, and of many rows at most
 PREFILL_BLOCK_TOKENS = 128
 PREFILL_TILE_TOKENS = 128
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 products, also where the hardware would round
@@ -115,14 +115,15 @@ def paged_prefill(
     tile = min(PREFILL_TILE_TOKENS, num_tokens)
     end_C = jnp.cumsum((len_C + tile - 1) // tile)
     first_C = jnp.concatenate([jnp.zeros(1, end_C.dtype), end_C[:-1]])
-    # One tile of slack behind the last token lets every tile be a whole slice.
-    q_UNH = jnp.pad(q_TNH.astype(jnp.float32) * scale, ((0, tile), (0, 0), (0, 0)))
+    # One tile of slack behind the last token lets every tile be a whole slice. The output of a tile takes
+    # the place of its queries: a buffer of its own would be cleared and copied for every layer.
+    x_UNH = jnp.pad(q_TNH.astype(jnp.float32) * scale, ((0, tile), (0, 0), (0, 0)))
 
-    def run_tile(index, out_UNH):
+    def run_tile(index, x_UNH):
         c = jnp.sum(index >= end_C, dtype=jnp.int32)
         offset = (index - first_C[c]) * tile
         first_token = token_C[c] + offset
-        q_tile_INH = jax.lax.dynamic_slice_in_dim(q_UNH, first_token, tile)
+        q_tile_INH = jax.lax.dynamic_slice_in_dim(x_UNH, first_token, tile)
         q_KMH = q_tile_INH.reshape(tile, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
         q_KMH = q_KMH.reshape(num_kv_heads, group * tile, head_dim)
         pos_I = kv_len_C[c] - len_C[c] + offset + jnp.arange(tile)
@@ -131,13 +132,13 @@ def paged_prefill(
         o_INH = o_INH.reshape(tile, num_heads, head_dim)
         # The last tile of a run reaches into the next run's tokens: leave those as they are.
         live_I = offset + jnp.arange(tile) < len_C[c]
-        old_INH = jax.lax.dynamic_slice_in_dim(out_UNH, first_token, tile)
-        o_INH = jnp.where(live_I[:, None, None], o_INH, old_INH)
-        return jax.lax.dynamic_update_slice_in_dim(out_UNH, o_INH, first_token, axis=0)
+        o_INH = jnp.where(live_I[:, None, None], o_INH, q_tile_INH)
+        return jax.lax.dynamic_update_slice_in_dim(x_UNH, o_INH, first_token, axis=0)
 
-    out_UNH = jnp.zeros((num_tokens + tile, num_heads, head_dim), jnp.float32)
-    out_UNH = jax.lax.fori_loop(0, end_C[-1], run_tile, out_UNH)
-    return out_UNH[:num_tokens]
+    x_UNH = jax.lax.fori_loop(0, end_C[-1], run_tile, x_UNH)
+    token_T1 = jnp.arange(num_tokens)[:, None]
+    live_T = jnp.any((token_T1 >= token_C) & (token_T1 < token_C + len_C), axis=1)
+    return jnp.where(live_T[:, None, None], x_UNH[:num_tokens], 0.0)
 
 
 def _attend_tile(q_KMH, kv: KVLayer, table_W, pos_I, kv_len):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from jaxserve.config import ServerConfig
@@ -15,7 +17,7 @@ V5E = Machine(platform="tpu", num_devices=1, memory_bytes=16 * GIB, free_bytes=1
 
 def size(machine: Machine, *, param_bytes: int = GIB, checkpoint_bits: int = 16, **flags):
     config = ServerConfig(model_path="m", **flags)
-    precision = choose_precision(config, machine.platform, checkpoint_bits)
+    precision = choose_precision(config, machine, checkpoint_bits)
     return choose_sizes(
         config,
         machine,
@@ -29,18 +31,20 @@ def size(machine: Machine, *, param_bytes: int = GIB, checkpoint_bits: int = 16,
 
 def test_a_quantised_file_is_served_in_int8_on_the_cpu_only():
     config = ServerConfig(model_path="m")
-    assert choose_precision(config, "cpu", 4.6).quantization == "int8"
-    assert choose_precision(config, "cpu", 8.6).quantization == "int8"  # Q8_0 and its scales
-    assert choose_precision(config, "cpu", 16).quantization == "none"
-    assert choose_precision(config, "gpu", 5).quantization == "none"
+    assert choose_precision(config, LAPTOP, 4.6).quantization == "int8"
+    assert choose_precision(config, LAPTOP, 8.6).quantization == "int8"  # Q8_0 and its scales
+    assert choose_precision(config, LAPTOP, 16).quantization == "none"
+    assert choose_precision(config, H200, 5).quantization == "none"
     unquantised = ServerConfig(model_path="m", quantization="none", dtype="float32")
-    assert choose_precision(unquantised, "cpu", 5).quantization == "none"
+    assert choose_precision(unquantised, LAPTOP, 5).quantization == "none"
 
 
-def test_the_pool_is_float32_on_the_cpu_and_bfloat16_on_accelerators():
+def test_the_pool_has_the_type_of_what_is_not_quantised_unless_it_would_be_copied():
     config = ServerConfig(model_path="m")
-    assert choose_precision(config, "cpu", 16).kv_dtype == "float32"
-    assert choose_precision(config, "tpu", 16).kv_dtype == "bfloat16"
+    assert choose_precision(config, LAPTOP, 5).kv_dtype == "bfloat16"
+    assert choose_precision(config, LAPTOP, 32).kv_dtype == "float32"
+    copying = replace(LAPTOP, updates_bf16_in_place=False)
+    assert choose_precision(config, copying, 5).kv_dtype == "float32"
 
 
 def test_pages_rows_and_chunks_suit_the_platform():
@@ -92,9 +96,3 @@ def test_a_context_beyond_the_model_is_refused():
 def test_several_devices_are_refused_until_they_are_served():
     with pytest.raises(ConfigError, match="not served in this version"):
         size(H200, tp_size=2)
-
-
-def test_the_smallest_decode_program_avoids_the_slow_product_of_one_row():
-    assert size(LAPTOP, dtype="float32").min_rows == 1
-    assert size(LAPTOP, dtype="bfloat16").min_rows == 2
-    assert size(LAPTOP, quantization="int8").min_rows == 1

@@ -1,0 +1,59 @@
+"""Products by quantised weights: close to float32 for any number of rows, and with outliers among them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.models.quant import Int8Matrix, embed, hadamard, matmul, rotate
+
+WIDTH = 192
+
+
+def quantise(w_FD: np.ndarray) -> Int8Matrix:
+    rotated_FD = np.asarray(rotate(jnp.asarray(w_FD)))
+    scale_F = np.abs(rotated_FD).max(axis=1) / 127
+    return Int8Matrix(jnp.asarray(np.rint(rotated_FD / scale_F[:, None]), jnp.int8), jnp.asarray(scale_F))
+
+
+def relative_error(actual: jax.Array, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize(("width", "num_mixed"), [(896, 64), (4864, 64), (96, 32), (20, 4), (7, 1)])
+def test_the_rotation_mixes_runs_of_a_power_of_two_and_is_its_own_inverse(width: int, num_mixed: int):
+    h_HH = hadamard(width)
+    assert h_HH.shape == (num_mixed, num_mixed)
+    np.testing.assert_allclose(h_HH @ h_HH, np.eye(num_mixed), atol=1e-6)
+    x_TD = np.random.default_rng(0).standard_normal((3, width), np.float32)
+    np.testing.assert_allclose(rotate(rotate(jnp.asarray(x_TD))), x_TD, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 40])
+@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 5e-3), ("int8", 2e-2)])
+def test_products_are_those_of_float32(num_rows: int, dtype: str, limit: float):
+    rng = np.random.default_rng(num_rows)
+    x_TD = rng.standard_normal((num_rows, WIDTH), np.float32)
+    w_FD = rng.standard_normal((48, WIDTH), np.float32)
+    weight = quantise(w_FD) if dtype == "int8" else jnp.asarray(w_FD, dtype)
+    y_TF = jax.jit(matmul)(jnp.asarray(x_TD), weight)
+    assert y_TF.dtype == jnp.float32
+    assert y_TF.shape == (num_rows, 48)
+    assert relative_error(y_TF, x_TD.astype(np.float64) @ w_FD.T) < limit
+
+
+def test_a_channel_a_hundred_times_as_large_takes_no_precision_from_the_others():
+    rng = np.random.default_rng(1)
+    x_TD = rng.standard_normal((8, WIDTH), np.float32)
+    x_TD[:, 5] = 100
+    w_FD = rng.standard_normal((48, WIDTH), np.float32)
+    w_FD[:, 5] = 0  # what is left is what the others say
+    # In steps of 100 / 127 most of the others would be 0 or 1, and this about 0.23.
+    assert relative_error(matmul(jnp.asarray(x_TD), quantise(w_FD)), x_TD @ w_FD.T) < 0.1
+
+
+def test_embeddings_are_rotated_back():
+    w_VD = np.random.default_rng(2).standard_normal((10, WIDTH), np.float32)
+    np.testing.assert_allclose(embed(jnp.asarray([3, 7]), quantise(w_VD)), w_VD[[3, 7]], atol=0.03)
