@@ -156,13 +156,18 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main() -> None:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Of a benchmark of one engine."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_engine_flags(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="int8")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser(__doc__).parse_args()
     config = make_config(arguments.model_path, arguments.precision, arguments.settings, {})
     engine = OfflineEngine(config)
     ready = {

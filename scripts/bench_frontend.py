@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import uvloop
+from bench_workload import encode_post
 
 from jaxserve.utils import find_free_port
 
@@ -108,12 +109,7 @@ def make_request(route: str, num_tokens: int, port: int) -> bytes:
         body = {"prompt": PROMPT, "max_tokens": num_tokens}
     if route != "generate":
         body |= sampling | {"stream_options": {"include_usage": True}}
-    content = json.dumps(body | {"stream": True}).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode() + content
+    return encode_post(port, path, body | {"stream": True})
 
 
 @contextlib.contextmanager

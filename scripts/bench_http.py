@@ -21,8 +21,8 @@ import urllib.request
 from typing import cast
 
 import uvloop
-from bench_engine import PRECISIONS, add_engine_flags, make_config
-from bench_workload import Arrival, Batch, answer_batches
+from bench_engine import PRECISIONS, make_config, make_parser
+from bench_workload import Arrival, Batch, answer_batches, encode_post
 
 from jaxserve.utils import find_free_port
 
@@ -91,12 +91,7 @@ def make_request(batch: Batch, sequence: int, port: int) -> bytes:
         "stream": True,
         "cache_salt": str(time.perf_counter_ns()),
     }
-    content = json.dumps(body).encode()
-    head = (
-        f"POST /generate HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
-        f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
-    )
-    return head.encode() + content
+    return encode_post(port, "/generate", body)
 
 
 def launch(arguments: argparse.Namespace, port: int) -> subprocess.Popen:
@@ -136,12 +131,7 @@ def find_value(tree: object, key: str) -> object:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_engine_flags(parser)
-    parser.add_argument("--precision", choices=PRECISIONS, default="int8")
-    arguments = parser.parse_args()
+    arguments = make_parser(__doc__).parse_args()
     port = find_free_port("127.0.0.1")
     server = launch(arguments, port)
     try:

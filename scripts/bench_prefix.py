@@ -21,7 +21,7 @@ import time
 from typing import Any
 
 import httpx
-from bench_engine import PRECISIONS, add_engine_flags
+from bench_engine import make_parser
 from bench_http import find_value, launch, read_info, wait_until_warm
 from bench_workload import describe_machine, print_table
 
@@ -156,11 +156,7 @@ def show_crowd(crowd: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_engine_flags(parser)
-    parser.add_argument("--precision", choices=PRECISIONS, default="int8")
+    parser = make_parser(__doc__)
     parser.add_argument("--prompt-tokens", type=int, default=2000, metavar="N")
     parser.add_argument("--own-tokens", type=int, default=32, metavar="N", help="after the shared ones")
     parser.add_argument("--requests", type=int, default=100, metavar="N", help="that share a system prompt")

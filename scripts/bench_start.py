@@ -16,11 +16,11 @@ Prints Markdown tables; the last line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
 import re
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,6 +30,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from bench_workload import describe_machine, list_processes, print_table
+
+from jaxserve.utils import find_free_port
 
 POLL_S = 0.02
 START_TIMEOUT_S = 600.0
@@ -63,9 +67,7 @@ class Server:
     """A `jaxserve launch` of our own, on loopback; its log lines with the seconds at which they came."""
 
     def __init__(self, flags: list[str]):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = find_free_port("127.0.0.1")
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--log-level-http", "warning"]
         self._started_s = time.perf_counter()
         self._process = subprocess.Popen(
@@ -102,15 +104,10 @@ class Server:
         """Processor seconds of the HTTP process and the engine so far (Linux). A busy machine slows the start
         and leaves these as they are."""
         total_ticks = 0
-        todo = [self._process.pid]
-        while todo:
-            folder = Path(f"/proc/{(pid := todo.pop())}")
-            try:
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                todo += map(int, (folder / "task" / str(pid) / "children").read_text().split())
-            except OSError:
-                continue
-            total_ticks += int(fields[11]) + int(fields[12])  # user and system time
+        for pid in list_processes(self._process.pid):
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                total_ticks += int(fields[11]) + int(fields[12])  # user and system time
         return total_ticks / os.sysconf("SC_CLK_TCK")
 
     def find(self, pattern: re.Pattern[str]) -> float | None:
@@ -237,28 +234,30 @@ def _medians(tables: list[dict[str, float]]) -> dict[str, float]:
 
 def print_tables(summary: dict[str, Any]) -> None:
     kinds = list(summary)
-    print(f"| seconds after the start, medians | {' | '.join(kinds)} |")
-    print("|---|" + "---|" * len(kinds))
-    names = list(dict.fromkeys(name for kind in kinds for name in summary[kind]["phases_s"]))
-    for name in names:
-        cells = [summary[kind]["phases_s"].get(name) for kind in kinds]
-        print(f"| {name} | {' | '.join('' if cell is None else f'{cell:.1f}' for cell in cells)} |")
-    firsts = [summary[kind]["first_token_s"] for kind in kinds]
-    print(f"| **first token** | {' | '.join(f'**{first:.1f}**' for first in firsts)} |")
-    seconds = [summary[kind]["processor_s"] for kind in kinds]
-    print(f"| processor seconds until then | {' | '.join(f'{amount:.1f}' for amount in seconds)} |")
-    print("\n| seconds a program takes | " + " | ".join(kinds) + " |\n|---|" + "---|" * len(kinds))
-    shapes = list(dict.fromkeys(shape for kind in kinds for shape in summary[kind]["programs_s"]))
-    for shape in shapes:
-        cells = [summary[kind]["programs_s"].get(shape) for kind in kinds]
-        print(f"| {shape} | {' | '.join('' if cell is None else f'{cell:.1f}' for cell in cells)} |")
+    firsts = [f"**{summary[kind]['first_token_s']:.1f}**" for kind in kinds]
+    seconds = [f"{summary[kind]['processor_s']:.1f}" for kind in kinds]
+    rows = _list_rows([summary[kind]["phases_s"] for kind in kinds], digits=1)
+    rows += [["**first token**", *firsts], ["processor seconds until then", *seconds]]
+    print_table(["seconds after the start, medians", *kinds], rows)
+    print()
+    print_table(
+        ["seconds a program takes", *kinds],
+        _list_rows([summary[kind]["programs_s"] for kind in kinds], digits=1),
+    )
     if "background" in summary[kinds[0]]:
-        print(
-            "\n| one stream while programs compile | " + " | ".join(kinds) + " |\n|---|" + "---|" * len(kinds)
+        print()
+        print_table(
+            ["one stream while programs compile", *kinds],
+            _list_rows([summary[kind]["background"] for kind in kinds], digits=3),
         )
-        for name in summary[kinds[0]]["background"]:
-            cells = [summary[kind]["background"][name] for kind in kinds]
-            print(f"| {name} | {' | '.join(f'{cell:.3f}' for cell in cells)} |")
+
+
+def _list_rows(tables: list[dict[str, float]], *, digits: int) -> list[list[str]]:
+    """A row for each name, a column for each table; empty where it does not have the name."""
+    names = dict.fromkeys(name for table in tables for name in table)
+    return [
+        [name, *(f"{table[name]:.{digits}f}" if name in table else "" for table in tables)] for name in names
+    ]
 
 
 def main() -> None:
@@ -274,7 +273,8 @@ def main() -> None:
     arguments = parser.parse_args()
     summary = summarize(measure(arguments))
     print_tables(summary)
-    print(json.dumps({"model": Path(arguments.model_path).name, **summary}))
+    machine = describe_machine(["jax", "jaxlib"])
+    print(json.dumps({"machine": machine, "model": Path(arguments.model_path).name, **summary}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 
 import httpx
 from bench_http import find_value, read_info, wait_until_warm
-from bench_workload import describe_machine, print_table
+from bench_workload import describe_machine, list_processes, print_table
 
 from jaxserve.utils import find_free_port
 
@@ -34,15 +34,6 @@ TIMEOUT_S = 300
 WORDS = (
     "the a of and to in is it that for on with as was at by this from or have an they which one all".split()
 )
-
-
-def list_processes(pid: int) -> list[int]:
-    """A process and all below it (Linux's own list of children)."""
-    found = [pid]
-    for one in found:  # grows while it is walked
-        for task in Path(f"/proc/{one}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return found
 
 
 def read_rss(pid: int) -> dict[str, int]:

@@ -9,6 +9,7 @@ the workers of peers run under interpreters that have neither jaxserve nor jax.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -193,12 +194,32 @@ def show(value: float | None, digits: int = 0) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
+def encode_post(port: int, path: str, body: object) -> bytes:
+    """A POST of JSON as it goes over the wire, to a server of this machine that closes the connection."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(content)}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + content
+
+
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """In Markdown."""
     print(f"| {' | '.join(heads)} |")
     print("|---" * len(heads) + "|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
+
+
+def list_processes(pid: int) -> list[int]:
+    """A process and all below it (Linux's own list of children); one that ends meanwhile is left out."""
+    found = [pid]
+    for one in found:  # grows while it is walked
+        with contextlib.suppress(OSError):
+            for task in Path(f"/proc/{one}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def describe_machine(packages: Sequence[str]) -> dict[str, str]:
