@@ -52,6 +52,8 @@ def build_engine(
     family, cfg = read_family(config.model_path, files)
     specs = family.param_specs(cfg)
     precision = choose_precision(config, machine, checkpoint_bits(files, specs))
+    if machine.platform == "cpu" and precision.quantization == "fp8":
+        logger.warning("On a CPU fp8 weights are converted in every step; --quantization int8 is far faster.")
     logger.info("Load weight begin. %s as %s", config.model_path, _describe(precision))
     checkpoint = Checkpoint(
         files=files,

@@ -74,9 +74,9 @@ class ServerConfig:
     )
     quantization: str = _flag(
         "Model",
-        "auto: int8 where the checkpoint itself is quantised, otherwise none",
+        "auto: int8 on a CPU where the checkpoint itself is quantised, otherwise none; fp8: for GPUs",
         default="auto",
-        choices=("auto", "none", "int8"),
+        choices=("auto", "none", "int8", "fp8"),
     )
     kv_cache_dtype: str = _flag(
         "Model",

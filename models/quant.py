@@ -1,8 +1,9 @@
-"""Quantised matrices: rotated int8 weights with a float32 scale a row, and the products that read them.
+"""Quantised matrices, int8 or fp8 with a float32 scale an output row, and the products that read them.
 
 `matmul` is the only way a model multiplies by a weight, so a family file reads the same whatever the
-weight's type. Activations of an int8 product are int8 too, because on the CPU XLA converts an int8 weight in
-the graph at a tenth of the speed.
+weight's type. fp8 is of weights only and meant for GPUs, where it halves what bf16 weights take. Activations
+of an int8 product are int8 too, because on the CPU XLA converts an int8 weight in the graph at a tenth of the
+speed.
 
 A few channels of an activation are many times larger than the rest, and as a row has one scale, they leave
 the others few steps of the 255. So runs of up to 64 channels are mixed by a Hadamard matrix first, which
@@ -13,6 +14,7 @@ are loaded, activations in `matmul` (QuaRot, Ashkboos et al. 2024, with online r
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -35,40 +37,56 @@ class Int8Matrix(NamedTuple):
         return self.q_FD.shape
 
 
-Matrix = jax.Array | Int8Matrix
+class Float8Matrix(NamedTuple):
+    """A [output, input] matrix as float8_e4m3fn values and one float32 scale an output row (absmax / 448)."""
+
+    q_FD: jax.Array
+    scale_F: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.q_FD.shape
+
+
+Matrix = jax.Array | Int8Matrix | Float8Matrix
 
 
 def matmul(x_TD: jax.Array, w_FD: Matrix) -> jax.Array:
     """x @ w.T in float32: [T, D] times [F, D] gives [T, F] float32, whatever the weight's dtype.
 
     bf16 operands accumulate in float32 (asked for explicitly: without it XLA's CPU backend converts the
-    whole weight). int8: x is rotated and rounded to 1/127 of its row's absmax; sums are int32.
+    whole weight). int8: x is rotated and rounded to 1/127 of its row's absmax; sums are int32. fp8: only the
+    weight is; it is converted to bf16 within the product on GPUs, and before it on the CPU.
     """
     if isinstance(w_FD, Int8Matrix):
         q_TD, scale_T1 = _quantize_rows(rotate(x_TD.astype(jnp.float32)))
         return _product(q_TD, w_FD.q_FD, jnp.int32) * scale_T1 * w_FD.scale_F[None, :]
+    if isinstance(w_FD, Float8Matrix):
+        y_TF = _product(x_TD.astype(jnp.bfloat16), w_FD.q_FD.astype(jnp.bfloat16), jnp.float32)
+        return y_TF * w_FD.scale_F[None, :]
     return _product(x_TD.astype(w_FD.dtype), w_FD, jnp.float32)
 
 
 def _product(x_TD: jax.Array, w_FD: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[T, F], summed in `dtype`, in the form that XLA's CPU backend is fast at; the others take either.
-
-    It copies the right operand of a product into another order first, which for a weight takes as long as
-    reading it. So for few tokens the weight is the left one. And one row of int8 or bf16 takes twenty times
-    as long as two.
-    """
-    num_tokens = x_TD.shape[0]
-    contract_last = (((1,), (1,)), ((), ()))
-    # Float32 weights mean float32 products: TPUs and GPUs would round the operands unless told so.
-    precision = jax.lax.Precision.HIGHEST if w_FD.dtype == jnp.float32 else None
+    """[T, F], summed in `dtype`."""
     multiply = partial(
         jax.lax.dot_general,
-        dimension_numbers=contract_last,
-        precision=precision,
+        dimension_numbers=(((1,), (1,)), ((), ())),
+        # Float32 weights mean float32 products: TPUs and GPUs would round the operands unless told so.
+        precision=jax.lax.Precision.HIGHEST if w_FD.dtype == jnp.float32 else None,
         preferred_element_type=dtype,
     )
-    if num_tokens > MOST_TRANSPOSED_TOKENS:
+    if x_TD.shape[0] > MOST_TRANSPOSED_TOKENS:
         return multiply(x_TD, w_FD)
+    return jax.lax.platform_dependent(
+        x_TD, w_FD, cpu=partial(_multiply_weight_first, multiply), default=multiply
+    )
+
+
+def _multiply_weight_first(multiply: Callable[..., jax.Array], x_TD: jax.Array, w_FD: jax.Array) -> jax.Array:
+    """XLA's CPU backend copies the right operand of a product into another order first, which for a weight
+    takes as long as reading it. And one row of int8 or bf16 takes it twenty times as long as two."""
+    num_tokens = x_TD.shape[0]
     if num_tokens == 1 and w_FD.dtype != jnp.float32:
         x_TD = jnp.pad(x_TD, ((0, 1), (0, 0)))
     # Behind a barrier, for XLA would turn the transpose of a product into the product that is avoided here.
@@ -78,9 +96,10 @@ def _product(x_TD: jax.Array, w_FD: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 def embed(token_ids_T: jax.Array, w_VD: Matrix) -> jax.Array:
     """Rows of an embedding matrix: [T] int32 to [T, D] float32."""
-    if isinstance(w_VD, Int8Matrix):
-        return rotate(w_VD.q_FD[token_ids_T].astype(jnp.float32) * w_VD.scale_F[token_ids_T][:, None])
-    return w_VD[token_ids_T].astype(jnp.float32)
+    if not isinstance(w_VD, Int8Matrix | Float8Matrix):
+        return w_VD[token_ids_T].astype(jnp.float32)
+    x_TD = w_VD.q_FD[token_ids_T].astype(jnp.float32) * w_VD.scale_F[token_ids_T][:, None]
+    return rotate(x_TD) if isinstance(w_VD, Int8Matrix) else x_TD
 
 
 def rotate(x_TD: jax.Array) -> jax.Array:

@@ -31,7 +31,7 @@ class Machine:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
     dtype: str  # of weights that are not quantised: "float32" or "bfloat16"
-    quantization: str  # "none" or "int8"
+    quantization: str  # "none", "int8" or "fp8"
     kv_dtype: str
 
 

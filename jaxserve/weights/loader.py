@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxserve.errors import WeightError
 from jaxserve.models.interface import ParamSpec
-from jaxserve.models.quant import Int8Matrix, Matrix, hadamard
+from jaxserve.models.quant import Float8Matrix, Int8Matrix, Matrix, hadamard
 from jaxserve.weights.cache import ProgressCallback
 from jaxserve.weights.gguf_names import open_gguf_checkpoint
 from jaxserve.weights.resolve import ModelFiles
@@ -37,7 +37,12 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-QUANTIZATIONS = ("none", "int8")
+# What a matrix is made of: its class, the type of its values, and the largest of them.
+QUANTIZED = {
+    "int8": (Int8Matrix, np.dtype(np.int8), 127),
+    "fp8": (Float8Matrix, np.dtype(ml_dtypes.float8_e4m3fn), 448),
+}
+QUANTIZATIONS = ("none", *QUANTIZED)
 
 # 0.5 MB of float32: a block and its temporaries stay in a core's cache, and NumPy's overhead is small.
 _BLOCK_ELEMENTS = 1 << 17
@@ -79,9 +84,9 @@ def load_params(
     """The served parameters of `specs`, by path.
 
     Vectors are float32; matrices and embeddings are `dtype` ("float32", "bfloat16", "float16"), or with
-    quantization "int8" an Int8Matrix whose parts `put` is given under the same path. Progress counts served
-    bytes. For files of kind "dummy" the values are made up from `random_seed`. Raises WeightError naming the
-    tensor and the file at fault.
+    quantization "int8" or "fp8" a quantised matrix whose parts `put` is given under the same path. Progress
+    counts served bytes. For files of kind "dummy" the values are made up from `random_seed`. Raises
+    WeightError naming the tensor and the file at fault.
     """
     if files.kind == "dummy":
         return make_dummy_params(
@@ -139,7 +144,8 @@ def describe_params(specs: list[ParamSpec], *, dtype: str, quantization: str = "
             jax.ShapeDtypeStruct(shape, item_type, sharding=device)
             for shape, item_type in _list_arrays(spec, dtype, quantization)
         ]
-        params[spec.path] = Int8Matrix(*arrays) if _is_int8(spec, quantization) else arrays[0]  # type: ignore[arg-type]
+        is_quantized = _is_quantized(spec, quantization)
+        params[spec.path] = QUANTIZED[quantization][0](*arrays) if is_quantized else arrays[0]  # type: ignore[arg-type]
     return params
 
 
@@ -199,8 +205,8 @@ def _build_params(
     params: dict[str, Matrix] = {}
     with ThreadPoolExecutor(_num_threads(), thread_name_prefix="load-weights") as pool:
         for spec in specs:
-            if _is_int8(spec, quantization):
-                params[spec.path] = _build_int8(spec, read_block, pool, put)
+            if _is_quantized(spec, quantization):
+                params[spec.path] = _build_quantized(spec, quantization, read_block, pool, put)
             else:
                 params[spec.path] = _build_float(spec, _float_type(spec, dtype), read_block, pool, put)
             done_bytes += _served_bytes(spec, dtype, quantization)
@@ -229,31 +235,35 @@ def _build_float(
     return put(spec.path, host, spec.axes)
 
 
-def _build_int8(
+def _build_quantized(
     spec: ParamSpec,
+    quantization: str,
     read_block: Callable[[ParamSpec, int, int], np.ndarray],
     pool: ThreadPoolExecutor,
     put: PutArray,
-) -> Int8Matrix:
-    """Symmetric int8 of the rotated rows: scale = absmax / 127, rounded half to even (models/quant.py)."""
+) -> Matrix:
+    """Symmetric, with a scale a row: absmax / the largest value. int8 is of the rotated rows, rounded half to
+    even (models/quant.py)."""
+    make_matrix, item_type, largest = QUANTIZED[quantization]
     h_HH = hadamard(spec.shape[1])
-    q_host = _empty_aligned(spec.shape, np.dtype(np.int8))
+    q_host = _empty_aligned(spec.shape, item_type)
     scale_host = _empty_aligned(spec.shape[:1], np.dtype(np.float32))
 
     def fill(block_range: tuple[int, int]) -> None:
         first_row, num_rows = block_range
         end_row = first_row + num_rows
         block = read_block(spec, first_row, num_rows).astype(np.float32, copy=False)
-        block = _rotate(block, h_HH)
+        if quantization == "int8":
+            block = _rotate(block, h_HH)
         absmax = np.maximum(block.max(axis=1), -block.min(axis=1))
         _require_finite(spec, block, absmax)
-        scale = np.maximum(absmax, np.float32(_MIN_ABSMAX)) / np.float32(127)
-        block /= scale[:, None]
-        q_host[first_row:end_row] = np.rint(block, out=block)
+        scale = np.maximum(absmax, np.float32(_MIN_ABSMAX)) / np.float32(largest)
+        block = block / scale[:, None]
+        q_host[first_row:end_row] = np.rint(block, out=block) if quantization == "int8" else block
         scale_host[first_row:end_row] = scale
 
     _run_blocks(pool, fill, spec)
-    return Int8Matrix(put(spec.path, q_host, spec.axes), put(spec.path, scale_host, spec.axes[:1]))
+    return make_matrix(put(spec.path, q_host, spec.axes), put(spec.path, scale_host, spec.axes[:1]))
 
 
 def _rotate(block_FD: np.ndarray, h_HH: np.ndarray) -> np.ndarray:
@@ -322,8 +332,8 @@ def _require_finite(spec: ParamSpec, block: np.ndarray, derived: np.ndarray) -> 
     )
 
 
-def _is_int8(spec: ParamSpec, quantization: str) -> bool:
-    return spec.kind != "vector" and quantization == "int8"
+def _is_quantized(spec: ParamSpec, quantization: str) -> bool:
+    return spec.kind != "vector" and quantization != "none"
 
 
 def _float_type(spec: ParamSpec, dtype: str) -> np.dtype:
@@ -331,9 +341,9 @@ def _float_type(spec: ParamSpec, dtype: str) -> np.dtype:
 
 
 def _list_arrays(spec: ParamSpec, dtype: str, quantization: str) -> list[tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of each array that a parameter is served as: the values, and of int8 the scales."""
-    if _is_int8(spec, quantization):
-        return [(spec.shape, np.dtype(np.int8)), (spec.shape[:1], DTYPES["float32"])]
+    """Shape and type of each array that a parameter is served as: the values, and the scales if quantised."""
+    if _is_quantized(spec, quantization):
+        return [(spec.shape, QUANTIZED[quantization][1]), (spec.shape[:1], DTYPES["float32"])]
     return [(spec.shape, _float_type(spec, dtype))]
 
 

@@ -7,9 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.quant import Int8Matrix, embed, hadamard, matmul, rotate
+from jaxserve.models.quant import Float8Matrix, Int8Matrix, Matrix, embed, hadamard, matmul, rotate
 
 WIDTH = 192
+
+
+def make_weight(w_FD: np.ndarray, dtype: str) -> Matrix:
+    if dtype == "int8":
+        return quantise(w_FD)
+    if dtype == "fp8":
+        scale_F = np.abs(w_FD).max(axis=1) / 448
+        return Float8Matrix(jnp.asarray(w_FD / scale_F[:, None], jnp.float8_e4m3fn), jnp.asarray(scale_F))
+    return jnp.asarray(w_FD, dtype)
 
 
 def quantise(w_FD: np.ndarray) -> Int8Matrix:
@@ -32,13 +41,14 @@ def test_the_rotation_mixes_runs_of_a_power_of_two_and_is_its_own_inverse(width:
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 40])
-@pytest.mark.parametrize(("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 5e-3), ("int8", 2e-2)])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 5e-3), ("int8", 2e-2), ("fp8", 4e-2)]
+)
 def test_products_are_those_of_float32(num_rows: int, dtype: str, limit: float):
     rng = np.random.default_rng(num_rows)
     x_TD = rng.standard_normal((num_rows, WIDTH), np.float32)
     w_FD = rng.standard_normal((48, WIDTH), np.float32)
-    weight = quantise(w_FD) if dtype == "int8" else jnp.asarray(w_FD, dtype)
-    y_TF = jax.jit(matmul)(jnp.asarray(x_TD), weight)
+    y_TF = jax.jit(matmul)(jnp.asarray(x_TD), make_weight(w_FD, dtype))
     assert y_TF.dtype == jnp.float32
     assert y_TF.shape == (num_rows, 48)
     assert relative_error(y_TF, x_TD.astype(np.float64) @ w_FD.T) < limit
@@ -54,6 +64,11 @@ def test_a_channel_a_hundred_times_as_large_takes_no_precision_from_the_others()
     assert relative_error(matmul(jnp.asarray(x_TD), quantise(w_FD)), x_TD @ w_FD.T) < 0.1
 
 
-def test_embeddings_are_rotated_back():
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [("float32", 0), ("bfloat16", 5e-3), ("int8", 2e-2), ("fp8", 4e-2)]
+)
+def test_embeddings_are_rows_of_the_matrix(dtype: str, limit: float):
     w_VD = np.random.default_rng(2).standard_normal((10, WIDTH), np.float32)
-    np.testing.assert_allclose(embed(jnp.asarray([3, 7]), quantise(w_VD)), w_VD[[3, 7]], atol=0.03)
+    x_TD = embed(jnp.asarray([3, 7]), make_weight(w_VD, dtype))
+    assert x_TD.dtype == jnp.float32
+    assert relative_error(x_TD, w_VD[[3, 7]]) <= limit

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxserve.errors import WeightError
 from jaxserve.models import llama, qwen2
 from jaxserve.models.interface import ParamSpec, TensorSource
-from jaxserve.models.quant import Int8Matrix, Matrix, hadamard
+from jaxserve.models.quant import Float8Matrix, Int8Matrix, Matrix, hadamard
 from jaxserve.weights import loader
 from jaxserve.weights.loader import count_served_bytes, describe_params, load_params, make_dummy_params
 from jaxserve.weights.resolve import ModelFiles, resolve_model
@@ -113,6 +113,25 @@ def test_int8_rows_are_rotated_have_their_own_scale_and_round_half_to_even(tmp_p
     assert not np.asarray(served.q_FD[3]).any()
     assert float(served.scale_F[3]) > 0
     assert np.asarray(served.q_FD[4, :5]).tolist() == [127, 2, 4, -2, -127]
+
+
+def test_fp8_rows_have_their_own_scale_and_are_not_rotated(tmp_path: Path) -> None:
+    tiny.write_tiny_checkpoint(tmp_path, "qwen2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    params = load(tmp_path, "qwen2", quantization="fp8")
+    described = describe_params(specs_of("qwen2"), dtype="bfloat16", quantization="fp8")
+    for spec in specs_of("qwen2"):
+        if spec.kind == "vector":
+            continue
+        param, expected = params[spec.path], joined(tensors, spec)
+        assert isinstance(param, Float8Matrix)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), param) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), described[spec.path]
+        )
+        scale = np.abs(expected).max(axis=1) / np.float32(448)
+        np.testing.assert_array_equal(param.scale_F, scale)
+        values = np.asarray(param.q_FD).astype(np.float32)
+        np.testing.assert_allclose(values, expected / scale[:, None], rtol=1 / 16, atol=2**-10)  # 3 bits
 
 
 def test_put_places_every_array_under_its_path_and_axes(tmp_path: Path) -> None:
