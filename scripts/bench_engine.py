@@ -33,6 +33,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "f32": {"dtype": "float32", "quantization": "none"},
     "bf16": {"dtype": "bfloat16", "quantization": "none"},
     "int8": {"quantization": "int8"},
+    "fp8": {"quantization": "fp8"},
 }
 
 

@@ -167,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--load-format", default="auto", choices=["auto", "dummy"], help="dummy: random weights"
     )
-    parser.add_argument("--precisions", default="bf16,int8", help="comma-separated, of f32, bf16, int8")
+    parser.add_argument("--precisions", default="bf16,int8", help="comma-separated, of f32, bf16, int8, fp8")
     parser.add_argument("--precision", choices=PRECISIONS, help=argparse.SUPPRESS)  # a child process
     add_workload_flags(parser, sequences=[1, 2, 4, 8, 16, 32, 64], prompt_tokens=[128, 512, 2048])
     return parser.parse_args()
