@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxserve.errors import WeightError
 from jaxserve.models.interface import ParamSpec
-from jaxserve.models.quant import Float8Matrix, Int8Matrix, Matrix, hadamard
+from jaxserve.models.quant import Matrix, QuantizedMatrix, hadamard
 from jaxserve.weights.cache import ProgressCallback
 from jaxserve.weights.gguf_names import open_gguf_checkpoint
 from jaxserve.weights.resolve import ModelFiles
@@ -37,10 +37,10 @@ DTYPES: dict[str, np.dtype] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float16": np.dtype(np.float16),
 }
-# What a matrix is made of: its class, the type of its values, and the largest of them.
+# The type of a matrix's values, and the largest of them.
 QUANTIZED = {
-    "int8": (Int8Matrix, np.dtype(np.int8), 127),
-    "fp8": (Float8Matrix, np.dtype(ml_dtypes.float8_e4m3fn), 448),
+    "int8": (np.dtype(np.int8), 127),
+    "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), 448),
 }
 QUANTIZATIONS = ("none", *QUANTIZED)
 
@@ -145,7 +145,7 @@ def describe_params(specs: list[ParamSpec], *, dtype: str, quantization: str = "
             for shape, item_type in _list_arrays(spec, dtype, quantization)
         ]
         is_quantized = _is_quantized(spec, quantization)
-        params[spec.path] = QUANTIZED[quantization][0](*arrays) if is_quantized else arrays[0]  # type: ignore[arg-type]
+        params[spec.path] = QuantizedMatrix(*arrays) if is_quantized else arrays[0]  # type: ignore[arg-type]
     return params
 
 
@@ -241,10 +241,10 @@ def _build_quantized(
     read_block: Callable[[ParamSpec, int, int], np.ndarray],
     pool: ThreadPoolExecutor,
     put: PutArray,
-) -> Matrix:
+) -> QuantizedMatrix:
     """Symmetric, with a scale a row: absmax / the largest value. int8 is of the rotated rows, rounded half to
     even (models/quant.py)."""
-    make_matrix, item_type, largest = QUANTIZED[quantization]
+    item_type, largest = QUANTIZED[quantization]
     h_HH = hadamard(spec.shape[1])
     q_host = _empty_aligned(spec.shape, item_type)
     scale_host = _empty_aligned(spec.shape[:1], np.dtype(np.float32))
@@ -258,12 +258,12 @@ def _build_quantized(
         absmax = np.maximum(block.max(axis=1), -block.min(axis=1))
         _require_finite(spec, block, absmax)
         scale = np.maximum(absmax, np.float32(_MIN_ABSMAX)) / np.float32(largest)
-        block = block / scale[:, None]
+        block /= scale[:, None]
         q_host[first_row:end_row] = np.rint(block, out=block) if quantization == "int8" else block
         scale_host[first_row:end_row] = scale
 
     _run_blocks(pool, fill, spec)
-    return make_matrix(put(spec.path, q_host, spec.axes), put(spec.path, scale_host, spec.axes[:1]))
+    return QuantizedMatrix(put(spec.path, q_host, spec.axes), put(spec.path, scale_host, spec.axes[:1]))
 
 
 def _rotate(block_FD: np.ndarray, h_HH: np.ndarray) -> np.ndarray:
@@ -343,7 +343,7 @@ def _float_type(spec: ParamSpec, dtype: str) -> np.dtype:
 def _list_arrays(spec: ParamSpec, dtype: str, quantization: str) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of each array that a parameter is served as: the values, and the scales if quantised."""
     if _is_quantized(spec, quantization):
-        return [(spec.shape, QUANTIZED[quantization][1]), (spec.shape[:1], DTYPES["float32"])]
+        return [(spec.shape, QUANTIZED[quantization][0]), (spec.shape[:1], DTYPES["float32"])]
     return [(spec.shape, _float_type(spec, dtype))]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.quant import Float8Matrix, Int8Matrix, Matrix, embed, hadamard, matmul, rotate
+from jaxserve.models.quant import Matrix, QuantizedMatrix, embed, hadamard, matmul, rotate
 
 WIDTH = 192
 
@@ -17,14 +17,16 @@ def make_weight(w_FD: np.ndarray, dtype: str) -> Matrix:
         return quantise(w_FD)
     if dtype == "fp8":
         scale_F = np.abs(w_FD).max(axis=1) / 448
-        return Float8Matrix(jnp.asarray(w_FD / scale_F[:, None], jnp.float8_e4m3fn), jnp.asarray(scale_F))
+        return QuantizedMatrix(jnp.asarray(w_FD / scale_F[:, None], jnp.float8_e4m3fn), jnp.asarray(scale_F))
     return jnp.asarray(w_FD, dtype)
 
 
-def quantise(w_FD: np.ndarray) -> Int8Matrix:
+def quantise(w_FD: np.ndarray) -> QuantizedMatrix:
     rotated_FD = np.asarray(rotate(jnp.asarray(w_FD)))
     scale_F = np.abs(rotated_FD).max(axis=1) / 127
-    return Int8Matrix(jnp.asarray(np.rint(rotated_FD / scale_F[:, None]), jnp.int8), jnp.asarray(scale_F))
+    return QuantizedMatrix(
+        jnp.asarray(np.rint(rotated_FD / scale_F[:, None]), jnp.int8), jnp.asarray(scale_F)
+    )
 
 
 def relative_error(actual: jax.Array, expected: np.ndarray) -> float:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from jaxserve.errors import WeightError
 from jaxserve.models import llama, qwen2
 from jaxserve.models.interface import ParamSpec, TensorSource
-from jaxserve.models.quant import Float8Matrix, Int8Matrix, Matrix, hadamard
+from jaxserve.models.quant import Matrix, QuantizedMatrix, hadamard
 from jaxserve.weights import loader
 from jaxserve.weights.loader import count_served_bytes, describe_params, load_params, make_dummy_params
 from jaxserve.weights.resolve import ModelFiles, resolve_model
@@ -103,13 +103,15 @@ def test_int8_rows_are_rotated_have_their_own_scale_and_round_half_to_even(tmp_p
         if spec.kind == "vector":
             assert np.asarray(param).dtype == np.float32
             continue
-        assert isinstance(param, Int8Matrix)
+        assert isinstance(param, QuantizedMatrix)
+        assert param.q_FD.dtype == np.int8
         expected = rotated(expected)
         scale = np.maximum(np.abs(expected).max(axis=1), np.float32(1e-12)) / np.float32(127)
         np.testing.assert_allclose(param.scale_F, scale, rtol=1e-6)
         np.testing.assert_allclose(param.q_FD, expected / scale[:, None], rtol=0, atol=0.5 + 1e-3)
     served = params["embed_VD"]
-    assert isinstance(served, Int8Matrix)
+    assert isinstance(served, QuantizedMatrix)
+    assert served.q_FD.dtype == np.int8
     assert not np.asarray(served.q_FD[3]).any()
     assert float(served.scale_F[3]) > 0
     assert np.asarray(served.q_FD[4, :5]).tolist() == [127, 2, 4, -2, -127]
@@ -124,7 +126,8 @@ def test_fp8_rows_have_their_own_scale_and_are_not_rotated(tmp_path: Path) -> No
         if spec.kind == "vector":
             continue
         param, expected = params[spec.path], joined(tensors, spec)
-        assert isinstance(param, Float8Matrix)
+        assert isinstance(param, QuantizedMatrix)
+        assert param.q_FD.dtype == ml_dtypes.float8_e4m3fn
         assert jax.tree.map(lambda x: (x.shape, x.dtype), param) == jax.tree.map(
             lambda x: (x.shape, x.dtype), described[spec.path]
         )
@@ -288,4 +291,5 @@ def test_made_up_parameters_depend_on_seed_and_path_only() -> None:
     assert abs(float(np.std(np.asarray(first["embed_VD"]))) - 0.02) < 0.001
     assert not np.array_equal(first["layers.0.w_o_DF"], first["layers.1.w_o_DF"])
     quantised = make_dummy_params(specs, dtype="float32", quantization="int8", random_seed=1)
-    assert isinstance(quantised["layers.0.w_o_DF"], Int8Matrix)
+    assert isinstance(quantised["layers.0.w_o_DF"], QuantizedMatrix)
+    assert quantised["layers.0.w_o_DF"].q_FD.dtype == np.int8
