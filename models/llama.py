@@ -18,7 +18,7 @@ from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.hf_config import read_hf_config
 from jaxserve.models.interface import KVLayer, ParamSpec, StepBatch, TensorSource
 from jaxserve.models.layers import RopeScaling, apply_rope, attend, rms_norm, rope_frequencies, rope_tables
-from jaxserve.models.quant import embed, matmul
+from jaxserve.models.quant import embed, gated_mlp, matmul
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +135,7 @@ class Model(nnx.Module):
             o_TNH, kv = attend(self.kernels, q_TNH, k_TKH, v_TKH, kv, batch, cfg.head_dim**-0.5)
             x_TD = x_TD + matmul(o_TNH.reshape(-1, q_width), layer.w_o_DF.get_value())
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
-            gate_up_TF = matmul(h_TD, layer.w_gate_up_FD.get_value())
-            gate_TF, up_TF = jnp.split(gate_up_TF, 2, axis=1)
-            return x_TD + matmul(jax.nn.silu(gate_TF) * up_TF, layer.w_down_DF.get_value()), kv
+            return x_TD + gated_mlp(h_TD, layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value()), kv
 
         x_TD = embed(batch.token_ids_T, self.embed_VD.get_value())
         new_kv = []

@@ -12,23 +12,27 @@ The block list of a ragged batch, as both functions see it (lengths 5, 0, 9; blo
     row      0      0      2      2      2
     block    0      1      0      1      2      <- the last one holds 1 live token, the rest is masked
 
-All arithmetic is float32. Values of another type are converted, and those of an int8 pool scaled, while a
-block is read: that is a copy in any case, and bound by memory.
+Scores, maxima and sums are float32. The products' operands are bf16 where the pool is, so that queries and
+probabilities are rounded to it, and float32 otherwise: an int8 pool is scaled while a block is read.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve.kernels_pallas.kv_layer import KVLayer
+from jaxserve.kernels_pallas.rounding import to_bf16
 
 # Measured on the CPU (2 cores, AVX-512). One row alone needs no blocks that rows share, so its are larger.
 DECODE_BLOCK_TOKENS = 64
 DECODE_TRIP_TOKENS = (256, 2048)  # of one row, and of many rows at most
 PREFILL_BLOCK_TOKENS = 128
 PREFILL_TILE_TOKENS = 128
-HIGHEST = jax.lax.Precision.HIGHEST  # float32 products, also where the hardware would round
+# Sums are float32, and so are the products of float32, also where the hardware would round.
+einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 MASKED = -1e30  # finite, so that a fully masked block gives exp(0) * 0 and never NaN
 
 
@@ -53,6 +57,7 @@ def paged_decode(
     block_tokens = max(1, (few if num_rows == 1 else DECODE_BLOCK_TOKENS) // page_size) * page_size
     items_per_trip = max(1, min(few * num_rows, many) // block_tokens)  # E
     q_RKGH = q_RNH.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.float32) * scale
+    q_RKGH = _as_operand(q_RKGH, kv)
     table_RW = table_XW[slot_R]
     end_R = jnp.cumsum((kv_len_R + block_tokens - 1) // block_tokens)
     first_R = jnp.concatenate([jnp.zeros(1, end_R.dtype), end_R[:-1]])
@@ -67,8 +72,9 @@ def paged_decode(
         first_E = jnp.where(item_E < num_items, item_E - first_R[row_E], 0) * block_tokens
         len_E = jnp.where(item_E < num_items, kv_len_R[row_E] - first_E, 0)
         live_EB = jnp.arange(block_tokens) < len_E[:, None]
-        k_EKBH, v_EKBH = _read_block(kv, table_RW, row_E, first_E, live_EB)
-        score_EKGB = jnp.einsum("ekgh,ekbh->ekgb", q_RKGH[row_E], k_EKBH, precision=HIGHEST)
+        k_EKBH, v_EKBH = _read_block(kv, table_RW, row_E, first_E, block_tokens)
+        v_EKBH = _clear_dead(v_EKBH, live_EB)
+        score_EKGB = einsum("ekgh,ekbh->ekgb", q_RKGH[row_E], k_EKBH)
         score_EKGB = jnp.where(live_EB[:, None, None, :], score_EKGB, MASKED)
         max_EKG = jnp.max(score_EKGB, axis=-1)
         p_EKGB = jnp.exp(score_EKGB - max_EKG[..., None])
@@ -76,7 +82,7 @@ def paged_decode(
         keep_RKG = jnp.exp(max_RKG - new_max_RKG)
         weight_EKG = jnp.where(len_E[:, None, None] > 0, jnp.exp(max_EKG - new_max_RKG[row_E]), 0.0)
         sum_RKG = (sum_RKG * keep_RKG).at[row_E].add(jnp.sum(p_EKGB, axis=-1) * weight_EKG)
-        out_EKGH = jnp.einsum("ekgb,ekbh->ekgh", p_EKGB, v_EKBH, precision=HIGHEST)
+        out_EKGH = einsum("ekgb,ekbh->ekgh", _as_operand(p_EKGB, kv), v_EKBH)
         out_RKGH = (out_RKGH * keep_RKG[..., None]).at[row_E].add(out_EKGH * weight_EKG[..., None])
         return index + 1, new_max_RKG, sum_RKG, out_RKGH
 
@@ -125,7 +131,7 @@ def paged_prefill(
         first_token = token_C[c] + offset
         q_tile_INH = jax.lax.dynamic_slice_in_dim(x_UNH, first_token, tile)
         q_KMH = q_tile_INH.reshape(tile, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)
-        q_KMH = q_KMH.reshape(num_kv_heads, group * tile, head_dim)
+        q_KMH = _as_operand(q_KMH.reshape(num_kv_heads, group * tile, head_dim), kv)
         pos_I = kv_len_C[c] - len_C[c] + offset + jnp.arange(tile)
         o_KMH = _attend_tile(q_KMH, kv, table_XW[slot_C[c]], pos_I, kv_len_C[c])
         o_INH = o_KMH.reshape(num_kv_heads, group, tile, head_dim).transpose(2, 0, 1, 3)
@@ -149,46 +155,50 @@ def _attend_tile(q_KMH, kv: KVLayer, table_W, pos_I, kv_len):
     last_pos = jnp.minimum(pos_I[-1] + 1, kv_len)
     pos_M = jnp.tile(pos_I, rows // pos_I.shape[0])
 
-    def attend_block(index, carry):
-        max_1KM, sum_1KM, out_1KMH = carry
+    def attend_block(index, carry, *, is_masked: bool):
+        max_1KM, sum_out_1KMH = carry
         first_1 = (index * block_tokens)[None]
         kv_pos_B = first_1 + jnp.arange(block_tokens)
-        row_1, live_1B = jnp.zeros(1, jnp.int32), (kv_pos_B < kv_len)[None]
-        k_1KBH, v_1KBH = _read_block(kv, table_W[None], row_1, first_1, live_1B)
-        score_1KMB = jnp.einsum("ekmh,ekbh->ekmb", q_KMH[None], k_1KBH, precision=HIGHEST)
-        score_1KMB = jnp.where(
-            kv_pos_B[None, None, None, :] <= pos_M[None, None, :, None], score_1KMB, MASKED
-        )
+        k_1KBH, v_1KBH = _read_block(kv, table_W[None], jnp.zeros(1, jnp.int32), first_1, block_tokens)
+        score_1KMB = einsum("ekmh,ekbh->ekmb", q_KMH[None], k_1KBH)
+        if is_masked:
+            v_1KBH = _clear_dead(v_1KBH, (kv_pos_B < kv_len)[None])
+            is_seen_MB = kv_pos_B[None, :] <= pos_M[:, None]
+            score_1KMB = jnp.where(is_seen_MB[None, None], score_1KMB, MASKED)
         new_max_1KM = jnp.maximum(max_1KM, jnp.max(score_1KMB, axis=-1))
-        p_1KMB = jnp.exp(score_1KMB - new_max_1KM[..., None])
+        p_1KMB = _as_operand(jnp.exp(score_1KMB - new_max_1KM[..., None]), kv)
         keep_1KM = jnp.exp(max_1KM - new_max_1KM)
-        sum_1KM = sum_1KM * keep_1KM + jnp.sum(p_1KMB, axis=-1)
-        new_1KMH = jnp.einsum("ekmb,ekbh->ekmh", p_1KMB, v_1KBH, precision=HIGHEST)
-        return new_max_1KM, sum_1KM, out_1KMH * keep_1KM[..., None] + new_1KMH
+        # A column of ones before V makes the product add up the probabilities, too.
+        ones_v_1KBH = jnp.pad(v_1KBH, ((0, 0), (0, 0), (0, 0), (1, 0)), constant_values=1)
+        new_1KMH = einsum("ekmb,ekbh->ekmh", p_1KMB, ones_v_1KBH)
+        return new_max_1KM, sum_out_1KMH * keep_1KM[..., None] + new_1KMH
 
-    start = (
+    carry = (
         jnp.full((1, num_kv_heads, rows), MASKED, jnp.float32),
-        jnp.zeros((1, num_kv_heads, rows), jnp.float32),
-        jnp.zeros((1, num_kv_heads, rows, head_dim), jnp.float32),
+        jnp.zeros((1, num_kv_heads, rows, 1 + head_dim), jnp.float32),
     )
+    # Blocks that every query sees whole need no mask.
+    num_whole = jnp.minimum(pos_I[0] + 1, kv_len) // block_tokens
     num_blocks = (last_pos + block_tokens - 1) // block_tokens
-    _, sum_1KM, out_1KMH = jax.lax.fori_loop(0, num_blocks, attend_block, start)
-    return (out_1KMH / jnp.maximum(sum_1KM, 1e-30)[..., None])[0]
+    carry = jax.lax.fori_loop(0, num_whole, partial(attend_block, is_masked=False), carry)
+    carry = jax.lax.fori_loop(num_whole, num_blocks, partial(attend_block, is_masked=True), carry)
+    sum_out_KMH = carry[1][0]
+    return sum_out_KMH[..., 1:] / jnp.maximum(sum_out_KMH[..., :1], 1e-30)
 
 
-def _read_block(kv: KVLayer, table_RW, row_E, first_E, live_EB):
-    """K and V of B tokens of row `row_E[e]` from position `first_E[e]` on, float32 [E, K, B, H].
+def _read_block(kv: KVLayer, table_RW, row_E, first_E, block_tokens: int):
+    """K and V of B tokens of row `row_E[e]` from position `first_E[e]` on, [E, K, B, H], as operands.
 
-    Heads first is what a product over heads wants, so that reading is the only copy. Dead V is zero.
+    Heads first is what a product over heads wants, so that reading is the only copy.
     """
     page_size, num_kv_heads = kv.k_PSKH.shape[1:3]
-    num_items, block_tokens = live_EB.shape
     page_EJ = first_E[:, None] // page_size + jnp.arange(block_tokens // page_size)
     page_id_EJ = table_RW.at[row_E[:, None], page_EJ].get(mode="clip")
 
-    def read(pool):  # [P, S, K, ...] to float32 [E, K, B, ...]
-        x_EKJS = jnp.moveaxis(pool.at[page_id_EJ].get(mode="promise_in_bounds"), 3, 1).astype(jnp.float32)
-        return x_EKJS.reshape(num_items, num_kv_heads, block_tokens, *pool.shape[3:])
+    def read(pool):  # [P, S, K, ...] to [E, K, B, ...]
+        x_EKJS = jnp.moveaxis(pool.at[page_id_EJ].get(mode="promise_in_bounds"), 3, 1)
+        x_EKJS = x_EKJS.astype(_operand_dtype(kv))
+        return x_EKJS.reshape(len(row_E), num_kv_heads, block_tokens, *pool.shape[3:])
 
     k_EKBH, v_EKBH = read(kv.k_PSKH), read(kv.v_PSKH)
     if kv.k_scale_PSKQ is not None and kv.v_scale_PSK is not None:
@@ -196,5 +206,17 @@ def _read_block(kv: KVLayer, table_RW, row_E, first_E, live_EB):
         k_EKB2QI = k_EKBH.reshape(*k_EKBH.shape[:3], 2, k_scale_EKBQ.shape[3], -1)  # I pairs a scale
         k_EKBH = (k_EKB2QI * k_scale_EKBQ[..., None, :, None]).reshape(k_EKBH.shape)
         v_EKBH = v_EKBH * read(kv.v_scale_PSK)[..., None]
-    # Stale pages may hold anything, NaN included.
-    return k_EKBH, jnp.where(live_EB[:, None, :, None], v_EKBH, 0.0)
+    return k_EKBH, v_EKBH
+
+
+def _clear_dead(v_EKBH, live_EB):
+    """Zero where no token is: stale pages may hold anything, and NaN times a probability of zero is NaN."""
+    return jnp.where(live_EB[:, None, :, None], v_EKBH, jnp.zeros((), v_EKBH.dtype))
+
+
+def _operand_dtype(kv: KVLayer):
+    return jnp.bfloat16 if kv.k_PSKH.dtype == jnp.bfloat16 else jnp.float32
+
+
+def _as_operand(x, kv: KVLayer):
+    return to_bf16(x) if _operand_dtype(kv) == jnp.bfloat16 else x

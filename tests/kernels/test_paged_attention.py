@@ -19,7 +19,8 @@ from tests.kernels.cases import (
 )
 
 FORMS = [pytest.param(XLA_KERNELS, id="ref")]
-TOLERANCE = 2e-6
+# bf16 pools: queries and probabilities are rounded to bf16, too.
+TOLERANCE = {"float32": 2e-6, "bfloat16": 1e-2, "int8": 2e-6}
 
 
 @pytest.mark.parametrize("kernels", FORMS)
@@ -42,7 +43,9 @@ def test_decode(kernels, heads, dtype, page_size):
         )
         for row, length in enumerate(lengths):
             want = attend_exactly(q_RNH[row], *pool.read(row, length), scale) if length else 0.0
-            np.testing.assert_allclose(out_RNH[row], want, atol=TOLERANCE, err_msg=f"{lengths}, row {row}")
+            np.testing.assert_allclose(
+                out_RNH[row], want, atol=TOLERANCE[dtype], err_msg=f"{lengths}, row {row}"
+            )
 
 
 @pytest.mark.parametrize("kernels", FORMS)
@@ -76,7 +79,9 @@ def test_prefill(kernels, heads, dtype, page_size):
                 seen = kv_len - length + i + 1
                 token = firsts[run] + i
                 want = attend_exactly(q_TNH[token], k_AKH[:seen], v_AKH[:seen], scale)
-                np.testing.assert_allclose(out_TNH[token], want, atol=TOLERANCE, err_msg=f"{runs}, {run}")
+                np.testing.assert_allclose(
+                    out_TNH[token], want, atol=TOLERANCE[dtype], err_msg=f"{runs}, {run}"
+                )
         assert not out_TNH[lens.sum() :].any()
 
 

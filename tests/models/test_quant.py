@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.quant import Matrix, QuantizedMatrix, embed, hadamard, matmul, rotate
+from jaxserve.models.quant import Matrix, QuantizedMatrix, embed, gated_mlp, hadamard, matmul, rotate
 
 WIDTH = 192
 
@@ -33,10 +33,11 @@ def relative_error(actual: jax.Array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize(("width", "num_mixed"), [(896, 64), (4864, 64), (96, 32), (20, 4), (7, 1)])
-def test_the_rotation_mixes_runs_of_a_power_of_two_and_is_its_own_inverse(width: int, num_mixed: int):
+@pytest.mark.parametrize(("width", "num_mixed"), [(896, 64), (4864, 64), (96, 16), (20, 4), (7, 1)])
+def test_the_rotation_mixes_runs_of_a_power_of_four_and_is_its_own_inverse(width: int, num_mixed: int):
     h_HH = hadamard(width)
     assert h_HH.shape == (num_mixed, num_mixed)
+    np.testing.assert_array_equal(jnp.asarray(h_HH, jnp.bfloat16), h_HH)
     np.testing.assert_allclose(h_HH @ h_HH, np.eye(num_mixed), atol=1e-6)
     x_TD = np.random.default_rng(0).standard_normal((3, width), np.float32)
     np.testing.assert_allclose(rotate(rotate(jnp.asarray(x_TD))), x_TD, atol=1e-5)
@@ -54,6 +55,22 @@ def test_products_are_those_of_float32(num_rows: int, dtype: str, limit: float):
     assert y_TF.dtype == jnp.float32
     assert y_TF.shape == (num_rows, 48)
     assert relative_error(y_TF, x_TD.astype(np.float64) @ w_FD.T) < limit
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 17, 64, 65])
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 7e-3), ("int8", 3e-2), ("fp8", 6e-2)]
+)
+def test_a_gated_mlp_is_that_of_float32(num_tokens: int, dtype: str, limit: float):
+    rng = np.random.default_rng(num_tokens)
+    x_TD = rng.standard_normal((num_tokens, WIDTH), np.float32)
+    gate_FD, up_FD = rng.standard_normal((2, 320, WIDTH), np.float32) / np.sqrt(WIDTH)
+    w_DF = rng.standard_normal((WIDTH, 320), np.float32)
+    w_gate_up_FD = make_weight(np.concatenate([gate_FD, up_FD]), dtype)
+    y_TD = jax.jit(gated_mlp)(jnp.asarray(x_TD), w_gate_up_FD, make_weight(w_DF, dtype))
+    gate_TF = x_TD.astype(np.float64) @ gate_FD.T
+    expected_TD = (gate_TF / (1 + np.exp(-gate_TF)) * (x_TD @ up_FD.T)) @ w_DF.T
+    assert relative_error(y_TD, expected_TD) < limit
 
 
 def test_a_channel_a_hundred_times_as_large_takes_no_precision_from_the_others():
