@@ -168,6 +168,7 @@ def _load_runner(
     ladder = make_ladder(
         max_rows=max(sizes.max_rows, 1 + max_drafts),
         max_tokens=sizes.chunk_tokens,
+        max_mixed_tokens=sizes.mixed_chunk_tokens,
         min_rows=sizes.min_rows,
         mixes=sizes.mixes,
     )

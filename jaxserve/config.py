@@ -157,7 +157,7 @@ class ServerConfig:
     )
     chunked_prefill_size: int | None = _flag(
         "Memory and batching",
-        "prompt tokens in one step; -1: whole prompts [by hardware]",
+        "prompt tokens in one step; -1: whole prompts [by hardware; on CPUs 512, or 256 beside decoding]",
         default=None,
         low=1,
         also=-1,

@@ -36,14 +36,18 @@ class Ladder:
     """Every shape that a server may run, in the order they are worth compiling."""
 
     shapes: tuple[Shape, ...]
+    max_mixed_tokens: int  # of prefill in a step that has decode rows too, which wait for it
 
     @property
     def token_buckets(self) -> tuple[int, ...]:
         return tuple(sorted({shape.num_tokens for shape in self.shapes if shape.num_tokens}))
 
 
-def make_ladder(*, max_rows: int, max_tokens: int, min_rows: int, mixes: bool) -> Ladder:
-    """Rows: powers of two from min_rows. Tokens: powers of four from 16, and half of the largest.
+def make_ladder(
+    *, max_rows: int, max_tokens: int, min_rows: int, mixes: bool, max_mixed_tokens: int | None = None
+) -> Ladder:
+    """Rows: powers of two from min_rows. Tokens: powers of four from 16, and the largest, half and a quarter
+    of it.
 
     The first two shapes are the ones to compile before serving: a decode program of the fewest rows
     and a prefill program. Those that let more be done at once follow: eight times the rows, the longest
@@ -51,15 +55,18 @@ def make_ladder(*, max_rows: int, max_tokens: int, min_rows: int, mixes: bool) -
     last, smallest first, and mixed ones after them, which save least.
     """
     rows = _powers(min_rows, max(min_rows, max_rows), 2)
-    tokens = sorted({*_powers(min(16, max_tokens), max_tokens, 4), max(max_tokens // 2, 1)})
+    tokens = sorted(
+        {*_powers(min(16, max_tokens), max_tokens, 4), *(max(max_tokens // n, 1) for n in (2, 4))}
+    )
     first_tokens = next(count for count in tokens if count >= min(64, max_tokens))
     first = [Shape(rows[0], 0), Shape(0, first_tokens)]
     steps = [Shape(count, 0) for count in [*rows[3::3], rows[-1]]]
     steps.insert(1, Shape(0, tokens[-1]))
     fills = [Shape(count, 0) for count in rows] + [Shape(0, count) for count in tokens]
     fills.sort(key=lambda shape: shape.num_rows * 8 + shape.num_tokens)
-    mixed = [Shape(max_rows, count) for count in tokens] if mixes else []
-    return Ladder(tuple(dict.fromkeys(first + steps + fills + mixed)))
+    max_mixed_tokens = max_tokens if max_mixed_tokens is None else max_mixed_tokens
+    mixed = [Shape(max_rows, count) for count in tokens if count <= max_mixed_tokens] if mixes else []
+    return Ladder(tuple(dict.fromkeys(first + steps + fills + mixed)), max_mixed_tokens)
 
 
 def split_step(num_rows: int, num_tokens: int, ready: Iterable[Shape]) -> list[Shape] | None:

@@ -111,6 +111,7 @@ class ModelRunner:
             max_chunks=min(shape.num_chunks for shape in ready if shape.num_tokens),
             max_chunk_tokens=token_buckets[-1],
             token_buckets=tuple(token_buckets),
+            max_mixed_tokens=min(token_buckets[-1], self.programs.ladder.max_mixed_tokens),
             is_final=is_final,
             can_fork=self.programs.write_forks is not None,
             row_buckets=tuple(row_buckets),

@@ -105,6 +105,7 @@ class StepLimits:
     max_chunks: int  # prefill chunks in one step
     max_chunk_tokens: int  # prefill tokens in one step
     token_buckets: tuple[int, ...]  # ascending sizes of the prefill token axis
+    max_mixed_tokens: int | None = None  # prefill tokens in a step that has decode rows too; None: as many
     is_final: bool = False  # whether no more programs will become ready
     can_fork: bool = True  # whether tables can be written and pages copied: beams wait for it
     admits_new: bool = True  # False: only what has run before may enter, so that all of that ends

@@ -108,6 +108,9 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
     _secure_oldest(state)
     rows, searches = _plan_decode_rows(state)
     decode = add_drafts(state, rows, drafts)
+    if limits.max_mixed_tokens is not None and (decode or searches):
+        most = min(limits.max_chunk_tokens, limits.max_mixed_tokens)
+        limits = dataclasses.replace(limits, max_chunk_tokens=most)
     inits, chunks = plan_prefill(state, limits)
     plan = StepPlan(
         step=state.num_steps,

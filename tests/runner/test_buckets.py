@@ -19,6 +19,16 @@ def test_what_lets_more_be_done_at_once_is_compiled_before_what_saves_time():
     assert ladder.shapes[2:5] == (Shape(8, 0), Shape(0, 256), Shape(64, 0))
 
 
+def test_no_mixed_program_is_longer_than_a_mixed_step():
+    ladder = make_ladder(max_rows=8, max_tokens=512, min_rows=8, mixes=True, max_mixed_tokens=128)
+    assert [shape.num_tokens for shape in ladder.shapes if shape.num_rows and shape.num_tokens] == [
+        16,
+        64,
+        128,
+    ]
+    assert ladder.token_buckets == (16, 64, 128, 256, 512)
+
+
 def test_a_ladder_of_one_row_and_a_short_context_still_has_both_kinds():
     ladder = make_ladder(max_rows=1, max_tokens=3, min_rows=1, mixes=False)
     assert set(ladder.shapes) == {Shape(1, 0), Shape(0, 1), Shape(0, 3)}

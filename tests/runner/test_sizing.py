@@ -78,6 +78,13 @@ def test_whole_prompts_in_one_step():
     assert size(LAPTOP, chunked_prefill_size=-1, context_length=4096).chunk_tokens == 4096
 
 
+def test_on_the_cpu_decoding_waits_for_half_a_chunk_unless_its_size_was_chosen():
+    assert (size(LAPTOP).chunk_tokens, size(LAPTOP).mixed_chunk_tokens) == (512, 256)
+    chosen = size(LAPTOP, chunked_prefill_size=1024)
+    assert (chosen.chunk_tokens, chosen.mixed_chunk_tokens) == (1024, 1024)
+    assert size(H200).mixed_chunk_tokens == size(H200).chunk_tokens
+
+
 def test_a_model_that_leaves_no_room_is_refused_with_what_would_help():
     with pytest.raises(ConfigError, match="raise mem_fraction_static"):
         size(V5E, param_bytes=15 * GIB)

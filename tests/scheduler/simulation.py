@@ -135,6 +135,7 @@ class Simulation:
         assert len(plan.decode) <= max(limits.max_rows, *limits.row_buckets, 0)
         num_tokens = plan.num_chunk_tokens
         assert num_tokens <= limits.max_chunk_tokens
+        assert not plan.decode or limits.max_mixed_tokens is None or num_tokens <= limits.max_mixed_tokens
         if num_tokens > TOKEN_BUCKETS[0]:
             bucket = min(bucket for bucket in TOKEN_BUCKETS if bucket >= num_tokens)
             assert 4 * (bucket - num_tokens) <= bucket, f"{num_tokens} tokens are padded to {bucket}"

@@ -84,6 +84,7 @@ def workloads(draw):
         max_rows=draw(st.integers(1, 5)),
         max_chunks=draw(st.integers(1, 3)),
         max_chunk_tokens=draw(st.sampled_from([3, 4, 9, 16, 20])),
+        max_mixed_tokens=draw(st.sampled_from([None, 2, 4, 30])),
         token_buckets=TOKEN_BUCKETS,
         row_buckets=row_buckets,
         row_costs=tuple(1 + rows * draw(st.sampled_from([0.0, 0.05])) for rows in row_buckets),

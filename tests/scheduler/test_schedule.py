@@ -183,6 +183,19 @@ def test_only_ready_buckets_that_the_step_may_hold_are_filled():
     assert plan.num_chunk_tokens == 5  # padded to the smallest
 
 
+def test_who_decodes_waits_for_a_shorter_chunk():
+    state = new_state(num_pages=50, page_size=PAGE, max_rows=8)
+    limits = replace(LIMITS, max_mixed_tokens=8)
+    submit(state, "a", range(40))
+    plan, _ = run_step(state, limits)
+    assert plan.num_chunk_tokens == 32
+    plan, _ = run_step(state, limits)
+    assert plan.num_chunk_tokens == 8  # all that is left of it
+    submit(state, "b", range(100, 140))
+    plan, _ = run_step(state, limits)
+    assert (len(plan.decode), plan.num_chunk_tokens) == (1, 8)
+
+
 def test_admission_is_by_priority_then_arrival_within_slots_and_chunks():
     state = new_state(num_pages=50, page_size=PAGE, max_rows=3)
     for index, (rid, priority) in enumerate([("a", 0), ("b", 0), ("urgent", 5), ("c", 0)]):
