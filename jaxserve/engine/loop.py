@@ -51,6 +51,7 @@ class StepRunner(Protocol):
 
     def limits(self) -> StepLimits: ...
     def step(self, plan: StepPlan) -> PendingStep: ...
+    def rehearse(self) -> bool: ...  # with nothing in it, a program that never ran; False: all have
     def compile_counts(self) -> tuple[int, int, bool]: ...  # all, late, whether every program is ready
 
 
@@ -99,7 +100,7 @@ class EngineLoop:
             messages = self._link.receive(self._patience_s(has_moved))
             deltas = self._take(messages) + self._settle_programs()
             self.operations.advance()
-            has_moved = self.run_step(deltas)
+            has_moved = self.run_step(deltas) or self._rehearse()
         self.operations.close()
 
     def _patience_s(self, has_moved: bool) -> float:
@@ -109,7 +110,14 @@ class EngineLoop:
         if self._may_plan():
             return 0.0 if has_moved else POLL_S
         self.meter.rest()
+        if has_moved:
+            return 0.0  # perhaps another program is to be rehearsed
         return POLL_S if self.operations.is_busy else HEARTBEAT_S
+
+    def _rehearse(self) -> bool:
+        """While there is nothing to do, let a program have its slow first run. Returns whether one had."""
+        is_idle = not has_work(self.scheduler_state) and self.operations.may_step
+        return is_idle and self._runner.rehearse()
 
     def _may_plan(self) -> bool:
         return has_work(self.scheduler_state) and self.operations.may_step

@@ -55,28 +55,29 @@ def kv_bytes_per_token(cfg: ModelConfig, dtype: jnp.dtype) -> int:
 
 def compile_allocation(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> Callable[[], DeviceState]:
     """The program that makes a zeroed DeviceState on the default device: at the start, and after a sleep."""
+    return jax.jit(partial(make_state, cfg, pool, kv_dtype)).lower().compile()
+
+
+def make_state(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> DeviceState:
+    """Empty slots and pages."""
     num_slots = pool.num_slots + 1
+    shape_PSK = (pool.num_pages, pool.page_size, cfg.num_kv_heads)
+    values = partial(jnp.zeros, (*shape_PSK, cfg.head_dim), kv_dtype)
 
-    def zeros() -> DeviceState:
-        shape_PSK = (pool.num_pages, pool.page_size, cfg.num_kv_heads)
-        values = partial(jnp.zeros, (*shape_PSK, cfg.head_dim), kv_dtype)
+    def layer() -> KVLayer:
+        if kv_dtype != jnp.int8:
+            return KVLayer(values(), values())
+        k_scale_PSKQ = jnp.zeros((*shape_PSK, num_k_scales(cfg.head_dim)), KV_SCALE_DTYPE)
+        return KVLayer(values(), values(), k_scale_PSKQ, jnp.zeros(shape_PSK, KV_SCALE_DTYPE))
 
-        def layer() -> KVLayer:
-            if kv_dtype != jnp.int8:
-                return KVLayer(values(), values())
-            k_scale_PSKQ = jnp.zeros((*shape_PSK, num_k_scales(cfg.head_dim)), KV_SCALE_DTYPE)
-            return KVLayer(values(), values(), k_scale_PSKQ, jnp.zeros(shape_PSK, KV_SCALE_DTYPE))
-
-        return DeviceState(
-            kv=[layer() for _ in range(cfg.num_layers)],
-            last_token_X=jnp.zeros(num_slots, jnp.int32),
-            table_XW=jnp.zeros((num_slots, pool.table_width), jnp.int32),
-            edits_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.int32),
-            bias_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.float32),
-            watched_XM=jnp.zeros((num_slots, MAX_WATCHED_IDS), jnp.int32),
-        )
-
-    return jax.jit(zeros).lower().compile()
+    return DeviceState(
+        kv=[layer() for _ in range(cfg.num_layers)],
+        last_token_X=jnp.zeros(num_slots, jnp.int32),
+        table_XW=jnp.zeros((num_slots, pool.table_width), jnp.int32),
+        edits_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.int32),
+        bias_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.float32),
+        watched_XM=jnp.zeros((num_slots, MAX_WATCHED_IDS), jnp.int32),
+    )
 
 
 def edit_rows(

@@ -14,8 +14,6 @@ from jaxserve.runner.runner import ModelRunner
 from jaxserve.scheduler.plan import DecodeRow, PageCopy, PageTable, PrefillChunk, SlotInit, StepPlan
 from jaxserve.types import TokenParams
 from tests.goldens.read import read_tiny_goldens
-from tests.models.forward import load_model
-from tests.tiny import write_tiny_checkpoint
 
 PAGE_SIZE = 8
 POOL = PoolSize(num_pages=2049, page_size=PAGE_SIZE, num_slots=12, table_width=32)
@@ -23,10 +21,7 @@ GREEDY = TokenParams(max_new_tokens=32)
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen2")
-    write_tiny_checkpoint(folder, "qwen2")
-    model = load_model(folder)
+def runner(model):
     ladder = make_ladder(max_rows=2, max_tokens=64, min_rows=2, mixes=False)
     runner = ModelRunner(model, model.cfg, POOL, jnp.dtype(jnp.float32), ladder)
     runner.warm_up(lambda *_: None)

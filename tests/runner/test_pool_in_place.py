@@ -15,8 +15,6 @@ import pytest
 from jaxserve.runner.buckets import Shape, make_ladder
 from jaxserve.runner.device_state import PoolSize
 from jaxserve.runner.programs import Programs
-from tests.models.forward import load_model
-from tests.tiny import write_tiny_checkpoint
 
 # Programs are compiled for shapes and nothing is allocated, so the pool may be far larger than all else.
 POOL = PoolSize(num_pages=65537, page_size=16, num_slots=4, table_width=32)
@@ -27,13 +25,6 @@ INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%\S+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\
 # What may have a result of the pool's size: names for it, and writes of a few places into it.
 HARMLESS = {"parameter", "get-tuple-element", "bitcast", "reshape", "call", "while"}
 WRITES = {"scatter", "dynamic-update-slice", "fusion"}  # what is in a fusion is checked itself
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("qwen2")
-    write_tiny_checkpoint(folder, "qwen2")
-    return load_model(folder)
 
 
 CONVERTS_BFLOAT16 = pytest.mark.skipif(

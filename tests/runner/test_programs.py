@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,12 @@ import pytest
 
 from jaxserve.runner.buckets import Shape, make_ladder
 from jaxserve.runner.device_state import PoolSize
-from jaxserve.runner.programs import Programs, use_compile_cache
-from tests.models.forward import load_model
-from tests.tiny import write_tiny_checkpoint
+from jaxserve.runner.programs import Programs
 
 POOL = PoolSize(num_pages=9, page_size=8, num_slots=4, table_width=4)
 LADDER = make_ladder(max_rows=4, max_tokens=16, min_rows=1, mixes=False)
 CANNOT_BE_COMPILED = Shape(2, 0)
 WAIT_S = 120.0
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder: Path = tmp_path_factory.mktemp("llama")
-    write_tiny_checkpoint(folder, "llama")
-    use_compile_cache(folder / "programs")
-    return load_model(folder)
 
 
 @pytest.fixture

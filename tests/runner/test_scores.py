@@ -15,7 +15,6 @@ from jaxserve.kernels_pallas.dispatch import XLA_KERNELS
 from jaxserve.models import llama
 from jaxserve.runner.buckets import Shape, make_ladder
 from jaxserve.runner.device_state import PoolSize
-from jaxserve.runner.programs import use_compile_cache
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.scores import ScorePlaces, find_top, read_scores, score_prompts
 from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, PrefillChunk, SlotInit, StepPlan, StepResult
@@ -33,12 +32,9 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory):
+def runner(model):
     """Of a tiny model; the prefill of 50 tokens is no multiple of the blocks that prompts are scored in."""
-    folder = tmp_path_factory.mktemp("qwen2")
-    write_tiny_checkpoint(folder, "qwen2")
-    use_compile_cache(folder / "programs")
-    runner = make_runner(load_model(folder), Shape(4, 0), Shape(0, 16), Shape(0, 50), Shape(0, 64))
+    runner = make_runner(model, Shape(4, 0), Shape(0, 16), Shape(0, 50), Shape(0, 64))
     yield runner
     runner.close()
 

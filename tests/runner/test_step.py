@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,25 +10,14 @@ import pytest
 from jaxserve.runner.batch import pack_step, packed_size, slot_params, unpack_step
 from jaxserve.runner.buckets import Shape, make_ladder
 from jaxserve.runner.device_state import PoolSize
-from jaxserve.runner.programs import use_compile_cache
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.scheduler.plan import DecodeRow, PrefillChunk, SlotInit, StepPlan
 from jaxserve.types import TokenParams
 from tests.goldens.read import read_tiny_goldens
-from tests.models.forward import load_model
-from tests.tiny import write_tiny_checkpoint
 
 PAGE_SIZE = 8
 POOL = PoolSize(num_pages=4097, page_size=PAGE_SIZE, num_slots=4, table_width=32)
 GREEDY = TokenParams(max_new_tokens=32)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder: Path = tmp_path_factory.mktemp("qwen2")
-    write_tiny_checkpoint(folder, "qwen2")
-    use_compile_cache(folder / "programs")
-    return load_model(folder)
 
 
 @pytest.fixture
@@ -138,6 +125,22 @@ def test_once_warm_a_step_compiles_nothing(runner):
     assert runner.compile_counts()[:2] == (before, 0)
     jax.jit(lambda x: x * 3.14159)(np.ones(17)).block_until_ready()
     assert runner.compile_counts()[1] == 1  # a compile anywhere in the process is noticed
+
+
+def test_a_rehearsal_runs_each_program_once_and_leaves_what_is_cached(runner):
+    """Sequence 1 keeps its pages from before the rehearsals, in the slot that they use."""
+    golden = read_tiny_goldens("qwen2")[33]
+    first = runner.step(prefill(0, golden.prompt_ids, first_page=1)).read().token_ids
+    runner.programs.compile_one(Shape(4, 16))
+    num_run = 0
+    while runner.rehearse():
+        num_run += 1
+    assert num_run == len(runner.programs.ready) - 1  # the prefill program had run
+    page_ids = list(range(1, 6))
+    chunk = PrefillChunk(0, 0, 0, 33, first, page_ids, True)
+    step = runner.step(StepPlan(0, (SlotInit(0, GREEDY, golden.prompt_ids, first),), (), (chunk,)))
+    assert first + step.read().token_ids == golden.greedy_ids[:2]
+    assert not runner.rehearse()
 
 
 def test_what_is_packed_is_what_the_program_reads():
