@@ -29,6 +29,7 @@ from jaxserve.kernels_pallas.rounding import to_bf16
 # Measured on the CPU (2 cores, AVX-512). One row alone needs no blocks that rows share, so its are larger.
 DECODE_BLOCK_TOKENS = 64
 DECODE_TRIP_TOKENS = (256, 2048)  # of one row, and of many rows at most
+MOST_BUNDLED_WIDTH = 256  # of the KV heads of a token together, see `_bundle_queries`
 PREFILL_BLOCK_TOKENS = 128
 PREFILL_TILE_TOKENS = 128
 # Sums are float32, and so are the products of float32, also where the hardware would round.
@@ -57,6 +58,9 @@ def paged_decode(
     block_tokens = max(1, (few if num_rows == 1 else DECODE_BLOCK_TOKENS) // page_size) * page_size
     items_per_trip = max(1, min(few * num_rows, many) // block_tokens)  # E
     q_RKGH = q_RNH.reshape(num_rows, num_kv_heads, group, head_dim).astype(jnp.float32) * scale
+    is_bundled = num_kv_heads * head_dim <= MOST_BUNDLED_WIDTH
+    if is_bundled:
+        q_RKGH = _bundle_queries(q_RKGH)
     q_RKGH = _as_operand(q_RKGH, kv)
     table_RW = table_XW[slot_R]
     end_R = jnp.cumsum((kv_len_R + block_tokens - 1) // block_tokens)
@@ -72,8 +76,7 @@ def paged_decode(
         first_E = jnp.where(item_E < num_items, item_E - first_R[row_E], 0) * block_tokens
         len_E = jnp.where(item_E < num_items, kv_len_R[row_E] - first_E, 0)
         live_EB = jnp.arange(block_tokens) < len_E[:, None]
-        k_EKBH, v_EKBH = _read_block(kv, table_RW, row_E, first_E, block_tokens)
-        v_EKBH = _clear_dead(v_EKBH, live_EB)
+        k_EKBH, v_EKBH = _read_block(kv, table_RW, row_E, first_E, block_tokens, live_EB, is_bundled)
         score_EKGB = einsum("ekgh,ekbh->ekgb", q_RKGH[row_E], k_EKBH)
         score_EKGB = jnp.where(live_EB[:, None, None, :], score_EKGB, MASKED)
         max_EKG = jnp.max(score_EKGB, axis=-1)
@@ -86,14 +89,12 @@ def paged_decode(
         out_RKGH = (out_RKGH * keep_RKG[..., None]).at[row_E].add(out_EKGH * weight_EKG[..., None])
         return index + 1, new_max_RKG, sum_RKG, out_RKGH
 
-    start = (
-        jnp.int32(0),
-        jnp.full((num_rows, num_kv_heads, group), MASKED, jnp.float32),
-        jnp.zeros((num_rows, num_kv_heads, group), jnp.float32),
-        jnp.zeros((num_rows, num_kv_heads, group, head_dim), jnp.float32),
-    )
+    zeros_RKG = jnp.zeros(q_RKGH.shape[:3], jnp.float32)
+    start = (jnp.int32(0), zeros_RKG + MASKED, zeros_RKG, jnp.zeros(q_RKGH.shape, jnp.float32))
     _, _, sum_RKG, out_RKGH = jax.lax.while_loop(lambda c: c[0] * items_per_trip < num_items, trip, start)
     out_RKGH = out_RKGH / jnp.maximum(sum_RKG, 1e-30)[..., None]
+    if is_bundled:
+        out_RKGH = _unbundle(out_RKGH, num_kv_heads)
     return out_RKGH.reshape(num_rows, num_heads, head_dim)
 
 
@@ -159,10 +160,11 @@ def _attend_tile(q_KMH, kv: KVLayer, table_W, pos_I, kv_len):
         max_1KM, sum_out_1KMH = carry
         first_1 = (index * block_tokens)[None]
         kv_pos_B = first_1 + jnp.arange(block_tokens)
-        k_1KBH, v_1KBH = _read_block(kv, table_W[None], jnp.zeros(1, jnp.int32), first_1, block_tokens)
+        live_1B = (kv_pos_B < kv_len)[None] if is_masked else None
+        row_1 = jnp.zeros(1, jnp.int32)
+        k_1KBH, v_1KBH = _read_block(kv, table_W[None], row_1, first_1, block_tokens, live_1B)
         score_1KMB = einsum("ekmh,ekbh->ekmb", q_KMH[None], k_1KBH)
         if is_masked:
-            v_1KBH = _clear_dead(v_1KBH, (kv_pos_B < kv_len)[None])
             is_seen_MB = kv_pos_B[None, :] <= pos_M[:, None]
             score_1KMB = jnp.where(is_seen_MB[None, None], score_1KMB, MASKED)
         new_max_1KM = jnp.maximum(max_1KM, jnp.max(score_1KMB, axis=-1))
@@ -186,19 +188,27 @@ def _attend_tile(q_KMH, kv: KVLayer, table_W, pos_I, kv_len):
     return sum_out_KMH[..., 1:] / jnp.maximum(sum_out_KMH[..., :1], 1e-30)
 
 
-def _read_block(kv: KVLayer, table_RW, row_E, first_E, block_tokens: int):
-    """K and V of B tokens of row `row_E[e]` from position `first_E[e]` on, [E, K, B, H], as operands.
+def _read_block(
+    kv: KVLayer, table_RW, row_E, first_E, block_tokens: int, live_EB=None, is_bundled: bool = False
+):
+    """K and V of B tokens of row `row_E[e]` from position `first_E[e]` on, as operands: [E, K, B, H], which
+    a product for each head wants, or bundled [E, 1, B, K * H], as they are stored.
 
-    Heads first is what a product over heads wants, so that reading is the only copy.
+    V is zero where `live_EB` has no token: stale pages may hold anything, and NaN times a probability of zero
+    is NaN. Without `live_EB` there must be no such place.
     """
     page_size, num_kv_heads = kv.k_PSKH.shape[1:3]
     page_EJ = first_E[:, None] // page_size + jnp.arange(block_tokens // page_size)
     page_id_EJ = table_RW.at[row_E[:, None], page_EJ].get(mode="clip")
+    heads_axis = 2 if is_bundled else 1
+    sizes = [len(row_E), block_tokens]
+    sizes.insert(heads_axis, num_kv_heads)
 
-    def read(pool):  # [P, S, K, ...] to [E, K, B, ...]
-        x_EKJS = jnp.moveaxis(pool.at[page_id_EJ].get(mode="promise_in_bounds"), 3, 1)
-        x_EKJS = x_EKJS.astype(_operand_dtype(kv))
-        return x_EKJS.reshape(len(row_E), num_kv_heads, block_tokens, *pool.shape[3:])
+    def read(pool):
+        x_EJSK = pool.at[page_id_EJ].get(mode="promise_in_bounds")
+        if not is_bundled:  # reading is the only copy
+            x_EJSK = jnp.moveaxis(x_EJSK, 3, 1)
+        return x_EJSK.astype(_operand_dtype(kv)).reshape(*sizes, *pool.shape[3:])
 
     k_EKBH, v_EKBH = read(kv.k_PSKH), read(kv.v_PSKH)
     if kv.k_scale_PSKQ is not None and kv.v_scale_PSK is not None:
@@ -206,12 +216,32 @@ def _read_block(kv: KVLayer, table_RW, row_E, first_E, block_tokens: int):
         k_EKB2QI = k_EKBH.reshape(*k_EKBH.shape[:3], 2, k_scale_EKBQ.shape[3], -1)  # I pairs a scale
         k_EKBH = (k_EKB2QI * k_scale_EKBQ[..., None, :, None]).reshape(k_EKBH.shape)
         v_EKBH = v_EKBH * read(kv.v_scale_PSK)[..., None]
+    if live_EB is not None:
+        is_live = jnp.expand_dims(live_EB, (heads_axis, 3))
+        v_EKBH = jnp.where(is_live, v_EKBH, jnp.zeros((), v_EKBH.dtype))
+    if is_bundled:
+        return tuple(x_EBKH.reshape(len(row_E), 1, block_tokens, -1) for x_EBKH in (k_EKBH, v_EKBH))
     return k_EKBH, v_EKBH
 
 
-def _clear_dead(v_EKBH, live_EB):
-    """Zero where no token is: stale pages may hold anything, and NaN times a probability of zero is NaN."""
-    return jnp.where(live_EB[:, None, :, None], v_EKBH, jnp.zeros((), v_EKBH.dtype))
+def _bundle_queries(q_RKGH):
+    """Queries as if all KV heads were one of width K * H, zero where it is not theirs: [R, 1, K * G, K * H].
+
+    Their products with K and V are K times the work, K - 1 of it with zeros, and save copying both head by
+    head: with two KV heads the CPU attends in 0.5 to 0.7 of the time.
+    """
+    num_rows, num_kv_heads, group, head_dim = q_RKGH.shape
+    own_KK = jnp.eye(num_kv_heads, dtype=q_RKGH.dtype)
+    q_RKGKH = q_RKGH[:, :, :, None, :] * own_KK[None, :, None, :, None]
+    return q_RKGKH.reshape(num_rows, 1, num_kv_heads * group, num_kv_heads * head_dim)
+
+
+def _unbundle(out_R1NW, num_kv_heads: int):
+    """Of each query's output the part of its own KV head: [R, K, G, H]."""
+    num_rows, _, num_heads, width = out_R1NW.shape
+    group, head_dim = num_heads // num_kv_heads, width // num_kv_heads
+    out_RKGKH = out_R1NW.reshape(num_rows, num_kv_heads, group, num_kv_heads, head_dim)
+    return jnp.stack([out_RKGKH[:, k, :, k] for k in range(num_kv_heads)], axis=1)
 
 
 def _operand_dtype(kv: KVLayer):
