@@ -34,6 +34,38 @@ def kv_write(kv: KVLayer, k_TKH: jax.Array, v_TKH: jax.Array, write_index_T: jax
     return KVLayer(k_PSKH, v_PSKH, k_scale_PSKQ, v_scale_PSK)
 
 
+def rope_write(
+    kv: KVLayer,
+    qkv_TAH: jax.Array,
+    cos_T1I: jax.Array,
+    sin_T1I: jax.Array,
+    write_index_T: jax.Array,
+    *,
+    num_heads: int,
+) -> tuple[jax.Array, KVLayer]:
+    """Rotated q [T, N, H] in the type of its input, and the pool with rotated k, and v, as by `kv_write`.
+
+    A head holds I = H / 2 pairs (i, i + I). Its A heads are N = `num_heads` of q, then K of k and K of v,
+    as one projection leaves them. cos and sin are float32, and so is the rotation.
+    """
+    num_kv_heads = kv.k_PSKH.shape[2]
+    turned_TAH = rotate(qkv_TAH[:, : num_heads + num_kv_heads].astype(jnp.float32), cos_T1I, sin_T1I)
+    k_TKH, v_TKH = turned_TAH[:, num_heads:], qkv_TAH[:, num_heads + num_kv_heads :]
+    return turned_TAH[:, :num_heads].astype(qkv_TAH.dtype), kv_write(kv, k_TKH, v_TKH, write_index_T)
+
+
+def rotate(x_TNH: jax.Array, cos_T1I: jax.Array, sin_T1I: jax.Array) -> jax.Array:
+    """Rotate pairs (i, i + H / 2), the layout of Hugging Face checkpoints."""
+    first_TNI, second_TNI = jnp.split(x_TNH, 2, axis=-1)
+    return jnp.concatenate(
+        [
+            first_TNI * cos_T1I - second_TNI * sin_T1I,
+            second_TNI * cos_T1I + first_TNI * sin_T1I,
+        ],
+        axis=-1,
+    )
+
+
 def _quantize(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """int8 values of x, and float32 scales, one for all along `axes`: absmax / 127, round to nearest."""
     x = x.astype(jnp.float32)
