@@ -20,14 +20,22 @@ import jax.numpy as jnp
 from jaxserve.config import ServerConfig
 from jaxserve.engine.loop import EngineLink, EngineLoop
 from jaxserve.errors import ConfigError
-from jaxserve.kernels_pallas.dispatch import KernelSet, choose_kernels
+from jaxserve.kernels_pallas.dispatch import KernelSet, KernelTarget, choose_kernels
+from jaxserve.models.interface import ModelConfig
 from jaxserve.runner.buckets import make_ladder
 from jaxserve.runner.checkpoint import Checkpoint, read_family
 from jaxserve.runner.device_state import PoolSize, kv_bytes_per_token
 from jaxserve.runner.host_memory import read_host_memory
 from jaxserve.runner.programs import use_compile_cache
 from jaxserve.runner.runner import ModelRunner
-from jaxserve.runner.sizing import Machine, Precision, Sizes, choose_precision, choose_sizes
+from jaxserve.runner.sizing import (
+    Machine,
+    Precision,
+    Sizes,
+    choose_page_size,
+    choose_precision,
+    choose_sizes,
+)
 from jaxserve.scheduler.state import new_state
 from jaxserve.types import EngineInfo
 from jaxserve.weights.cache import cache_dir
@@ -47,13 +55,13 @@ def build_engine(
     """
     start_s = time.perf_counter()
     machine = read_machine()
-    kernels = choose_kernels(machine.platform)
     use_compile_cache(_compile_cache_dir(config, machine))
     family, cfg = read_family(config.model_path, files)
     specs = family.param_specs(cfg)
     precision = choose_precision(config, machine, checkpoint_bits(files, specs))
     if machine.platform == "cpu" and precision.quantization == "fp8":
         logger.warning("On a CPU fp8 weights are converted in every step; --quantization int8 is far faster.")
+    kernels = choose_kernels(_describe_target(config, machine, cfg, precision.kv_dtype))
     logger.info("Load weight begin. %s as %s", config.model_path, _describe(precision))
     checkpoint = Checkpoint(
         files=files,
@@ -99,6 +107,17 @@ def build_engine(
     return loop, runner, info
 
 
+def _describe_target(config: ServerConfig, machine: Machine, cfg: ModelConfig, kv_dtype: str) -> KernelTarget:
+    return KernelTarget(
+        platform=machine.platform,
+        head_dim=cfg.head_dim,
+        num_kv_heads=cfg.num_kv_heads,
+        page_size=choose_page_size(config, machine.platform),
+        kv_dtype=kv_dtype,
+        compute_capability=machine.compute_capability,
+    )
+
+
 def _log_sizes(
     sizes: Sizes, precision: Precision, runner: ModelRunner, kernels: KernelSet, info: EngineInfo
 ) -> None:
@@ -140,6 +159,7 @@ def read_machine() -> Machine:
         num_devices=jax.device_count(),
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
+        compute_capability=getattr(device, "compute_capability", ""),
         # XLA's CPU backend converted a bf16 pool for every scatter into it, and back.
         updates_bf16_in_place=kind != "cpu" or jax.__version_info__ >= (0, 11),
     )

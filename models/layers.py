@@ -61,29 +61,19 @@ def rope_tables(positions_T: jax.Array, frequencies: tuple[float, ...]) -> tuple
     return jax.lax.optimization_barrier(tables)
 
 
-def apply_rope(x_TNH: jax.Array, cos_T1H: jax.Array, sin_T1H: jax.Array) -> jax.Array:
-    """Rotate pairs (i, i + H / 2), the layout of Hugging Face checkpoints."""
-    first_TNH, second_TNH = jnp.split(x_TNH, 2, axis=-1)
-    return jnp.concatenate(
-        [
-            first_TNH * cos_T1H - second_TNH * sin_T1H,
-            second_TNH * cos_T1H + first_TNH * sin_T1H,
-        ],
-        axis=-1,
-    )
-
-
 def attend(
     kernels: KernelSet,
-    q_TNH: jax.Array,
-    k_TKH: jax.Array,
-    v_TKH: jax.Array,
+    qkv_TF: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
     kv: KVLayer,
     batch: StepBatch,
+    num_heads: int,
     scale: float,
 ) -> tuple[jax.Array, KVLayer]:
-    """Write the step's K and V to the pool, then attend: decode rows first, chunks behind them."""
-    kv = kernels.kv_write(kv, k_TKH, v_TKH, batch.write_index_T)
+    """Rotate q and k, write the step's K and V to the pool, then attend: decode rows first, chunks behind
+    them. `qkv_TF` holds `num_heads` heads of q, then those of k and of v; `rope` is of `rope_tables`."""
+    qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, kv.k_PSKH.shape[3])
+    q_TNH, kv = kernels.rope_write(kv, qkv_TAH, *rope, batch.write_index_T, num_heads=num_heads)
     num_rows = batch.decode_slot_R.shape[0]
     parts = []
     if num_rows:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.hf_config import read_hf_config
 from jaxserve.models.interface import KVLayer, ParamSpec, StepBatch, TensorSource
-from jaxserve.models.layers import RopeScaling, apply_rope, attend, rms_norm, rope_frequencies, rope_tables
+from jaxserve.models.layers import RopeScaling, attend, rms_norm, rope_frequencies, rope_tables
 from jaxserve.models.quant import embed, gated_mlp, matmul
 
 
@@ -115,9 +114,8 @@ class Model(nnx.Module):
         whatever the weights are; products read the weights' own dtype.
         """
         cfg = self.cfg
-        q_width, kv_width = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
         frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-        cos_T1H, sin_T1H = rope_tables(batch.positions_T, frequencies)
+        rope = rope_tables(batch.positions_T, frequencies)
         graphdef, _ = nnx.split(self.layers[0])
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
@@ -128,12 +126,9 @@ class Model(nnx.Module):
             qkv_TF = matmul(h_TD, layer.w_qkv_FD.get_value())
             if layer.b_qkv_F is not None:
                 qkv_TF = qkv_TF + layer.b_qkv_F.get_value()
-            q_TF, k_TF, v_TF = jnp.split(qkv_TF, (q_width, q_width + kv_width), axis=1)
-            q_TNH = apply_rope(q_TF.reshape(-1, cfg.num_heads, cfg.head_dim), cos_T1H, sin_T1H)
-            k_TKH = apply_rope(k_TF.reshape(-1, cfg.num_kv_heads, cfg.head_dim), cos_T1H, sin_T1H)
-            v_TKH = v_TF.reshape(-1, cfg.num_kv_heads, cfg.head_dim)
-            o_TNH, kv = attend(self.kernels, q_TNH, k_TKH, v_TKH, kv, batch, cfg.head_dim**-0.5)
-            x_TD = x_TD + matmul(o_TNH.reshape(-1, q_width), layer.w_o_DF.get_value())
+            scale = cfg.head_dim**-0.5
+            o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, scale)
+            x_TD = x_TD + matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value())
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
             return x_TD + gated_mlp(h_TD, layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value()), kv
 

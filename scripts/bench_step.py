@@ -33,7 +33,8 @@ import numpy as np
 from bench_workload import describe_machine, print_table, show
 from flax import nnx
 
-from jaxserve.kernels_pallas.dispatch import choose_kernels
+from jaxserve.build import read_machine
+from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
 from jaxserve.models.interface import ModelConfig, ParamSpec
 from jaxserve.models.registry import find_family
 from jaxserve.runner.batch import pack_step, slot_params
@@ -131,7 +132,8 @@ class StepBench:
         )
         self._context = arguments.context
         params = describe_params(self._specs, **self._precision)
-        model = self._family.Model(self.cfg, params, choose_kernels(jax.default_backend()))
+        self.kernels = choose_kernels(self._describe_target())
+        model = self._family.Model(self.cfg, params, self.kernels)
         ladder = Ladder((), 0)  # programs are compiled one by one here
         self._programs = Programs(model, self.cfg, self._pool, self._kv_dtype, ladder)
         keys = iter(jax.random.split(jax.random.key(2), 8 * len(self._specs)))
@@ -141,6 +143,17 @@ class StepBench:
         self._state = self._fill(self._programs.allocate())
         greedy_F = slot_params(TokenParams(max_new_tokens=1), 0)
         self._params_XF = np.tile(greedy_F, (most_rows + 1, 1))
+
+    def _describe_target(self) -> KernelTarget:
+        machine = read_machine()
+        return KernelTarget(
+            platform=machine.platform,
+            head_dim=self.cfg.head_dim,
+            num_kv_heads=self.cfg.num_kv_heads,
+            page_size=PAGE_SIZE,
+            kv_dtype=self._kv_dtype.name,
+            compute_capability=machine.compute_capability,
+        )
 
     def _fill(self, state: DeviceState) -> DeviceState:
         """Random K and V, and for each slot its own pages in random order."""
@@ -270,6 +283,7 @@ def main() -> None:
     report = {
         "machine": {**describe_machine(["jax", "jaxlib"]), "device": jax.devices()[0].device_kind},
         "model": str(arguments.model_path),
+        "kernels": bench.kernels.name,
         "settings": {name: getattr(arguments, name) for name in ("dtype", "quantization", "kv_cache_dtype")},
         "ceilings": asdict(ceilings),
         "steps": [asdict(one) for one in figures],

@@ -69,7 +69,7 @@ def run_step(
     x_BD = x_TD[step.batch.sample_token_B]
     logits_BV = model.compute_logits(x_BD)
     logits_BV = edit_logits(logits_BV, step.rows, step.slot_B, state.edits_XV, state.bias_XV)
-    token_B = sample(logits_BV, step.rows)
+    token_B = sample(logits_BV, step.rows, model.kernels.choose_tokens)
     score_BZ = score_sampled(
         x_BD, model.compute_logits, logits_BV, token_B, step.rows, step.slot_B, state.watched_XM
     )

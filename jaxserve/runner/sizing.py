@@ -25,6 +25,7 @@ class Machine:
     num_devices: int
     memory_bytes: int  # of one device; of the machine on the CPU
     free_bytes: int  # before the weights are loaded
+    compute_capability: str = ""  # of a GPU, as in "9.0"
     updates_bf16_in_place: bool = True  # or a step copies the whole pool, if it is bfloat16
 
 
@@ -74,6 +75,11 @@ def choose_precision(config: ServerConfig, machine: Machine, checkpoint_bits: fl
     return Precision(dtype=dtype, quantization=quantization, kv_dtype=kv_dtype)
 
 
+def choose_page_size(config: ServerConfig, platform: str) -> int:
+    """Tokens of a page: what the platform's kernels read best, unless it is set."""
+    return config.page_size or PAGE_SIZE[platform]
+
+
 def choose_sizes(
     config: ServerConfig,
     machine: Machine,
@@ -97,7 +103,7 @@ def choose_sizes(
             f"context_length must be at most the model's own, {model_context}, got {context_length}.",
             param="context_length",
         )
-    page_size = config.page_size or PAGE_SIZE[platform]
+    page_size = choose_page_size(config, platform)
     max_rows = config.max_running_requests or (64 if platform == "cpu" else 256)
     chunk_tokens, mixed_chunk_tokens = _choose_chunks(config, platform, context_length)
     num_tokens = config.max_total_tokens

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 
-from jaxserve.kernels_pallas.dispatch import XLA_KERNELS, choose_kernels
+from jaxserve.kernels_pallas.dispatch import XLA_KERNELS
 from tests.kernels.cases import (
     DECODE_LENGTHS,
     POOLS,
@@ -94,7 +96,10 @@ def test_kv_write_touches_only_the_places_it_is_given(kernels, dtype):
     k_TKH, v_TKH = (rng.standard_normal((3, 2, 8), np.float32) for _ in "kv")
     k_TKH[1, 0] = 0.0  # a head without a scale
     index_T = np.asarray([17, 3, 30], np.int32)
-    kv = jax.jit(kernels.kv_write)(pool.kv, k_TKH, v_TKH, index_T)
+    qkv_TAH = np.concatenate([np.zeros((3, heads.num_heads, 8), np.float32), k_TKH, v_TKH], axis=1)
+    unturned = np.ones((3, 1, 4), np.float32), np.zeros((3, 1, 4), np.float32)
+    rope_write = jax.jit(partial(kernels.rope_write, num_heads=heads.num_heads))
+    _, kv = rope_write(pool.kv, qkv_TAH, *unturned, index_T)
     rounding = {"float32": 0.0, "bfloat16": 2.0**-8, "int8": 0.5 / 127}[dtype]  # of the largest of the head
     for new, old, written in zip(dequantize(kv), dequantize(pool.kv), (k_TKH, v_TKH), strict=True):
         new, old = new.reshape(-1, 2, 8), old.reshape(-1, 2, 8)
@@ -102,8 +107,3 @@ def test_kv_write_touches_only_the_places_it_is_given(kernels, dtype):
         np.testing.assert_array_equal(new[untouched], old[untouched])
         largest = np.abs(written).max(-1, keepdims=True)
         assert (np.abs(new[index_T] - written) <= rounding * largest * 1.0001).all()
-
-
-def test_an_unknown_platform_is_refused():
-    with pytest.raises(ValueError, match="no kernels are known for platform 'abacus'"):
-        choose_kernels("abacus")

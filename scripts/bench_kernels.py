@@ -1,0 +1,211 @@
+"""Kernels one at a time: time, and what that is of this device's own copy and product rates.
+
+    python scripts/bench_kernels.py                            # every kernel's GPU form, on Hopper
+    python scripts/bench_kernels.py --groups decode --only "1 row of 4k"
+    python scripts/bench_kernels.py --form xla                 # the reference forms, anywhere
+
+The shapes are those of the kernel_bench_*.py files beside this one. A kernel is called `--calls` times within
+one program, each call behind the one before, so that launches cost nothing; median of several rounds. The
+error is that of the GPU form against the reference on the same device, relative to the largest value, where
+the reference is not too slow to be asked (--no-check leaves it out). cuDNN, through jax.nn, stands beside
+prompts without a prefix. Prints a Markdown table; the last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import kernel_bench_decode
+import kernel_bench_prefill
+import kernel_bench_rope_write
+import kernel_bench_sampling
+from bench_step import Ceilings, measure_ceilings, time_calls
+from bench_workload import describe_machine, print_table, show
+
+MODULES = {
+    "decode": "paged_attention.{}.paged_decode",
+    "prefill": "paged_attention.{}.paged_prefill",
+    "rope write": "kv_write.{}.rope_write",
+    "sampling": "sampling.{}.choose_tokens",
+}
+FILES = {"decode": "gpu_decode", "prefill": "gpu_prefill", "rope write": "gpu", "sampling": "gpu"}
+MOST_CHECKED_FLOPS = 1e12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A call of a kernel. `moved_bytes` and `flops` are the fewest that any form needs, 0 if uncounted."""
+
+    group: str
+    name: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    moved_bytes: int
+    flops: int
+
+
+def list_cases(group: str, only: str) -> Iterator[Case]:
+    """Made one at a time: some fill gigabytes."""
+    key = jax.random.key(0)
+    if group == "sampling":
+        for bench in kernel_bench_sampling.SAMPLING_BENCHES:
+            if only in bench.name:
+                arguments = kernel_bench_sampling.make_arguments(bench, 0)
+                yield Case(
+                    group=group,
+                    name=bench.name,
+                    arguments=arguments,
+                    options={},
+                    moved_bytes=bench.read_bytes,
+                    flops=0,
+                )
+        return
+    benches: Any = {
+        "decode": (kernel_bench_decode.DECODE_BENCHES, kernel_bench_decode.make_arguments),
+        "prefill": (kernel_bench_prefill.PREFILL_BENCHES, kernel_bench_prefill.make_arguments),
+        "rope write": (kernel_bench_rope_write.ROPE_WRITE_BENCHES, kernel_bench_rope_write.make_arguments),
+    }
+    for bench in benches[group][0]:
+        if only in bench.name:
+            arguments, options = benches[group][1](bench, key)
+            flops = getattr(bench, "num_flops", 0)
+            yield Case(
+                group=group,
+                name=bench.name,
+                arguments=arguments,
+                options=options,
+                moved_bytes=bench.moved_bytes,
+                flops=flops,
+            )
+
+
+def find_form(group: str, form: str) -> Callable:
+    """A kernel's "gpu" or "xla" form. Raises ImportError where jax is too old for the first."""
+    path = MODULES[group].format(FILES[group] if form == "gpu" else "ref")
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(f"jaxserve.kernels_pallas.{module}"), name)
+
+
+def time_kernel(call: Callable, case: Case, num_calls: int) -> float:
+    """Seconds of one call among many in a program. The barrier puts each behind the one before."""
+
+    def run(first: Any, *others: Any) -> Any:
+        def again(_: Any, first: Any) -> Any:
+            result = call(first, *others, **case.options)
+            if case.group == "rope write":
+                return result[1]
+            first, _ = jax.lax.optimization_barrier((first, result))
+            return first
+
+        return jax.lax.fori_loop(0, num_calls, again, first)
+
+    return time_calls(jax.jit(run), *case.arguments) / num_calls
+
+
+def measure_error(call: Callable, case: Case) -> float | None:
+    """Largest difference from the reference, relative to the largest value; for tokens, the share that
+    differs."""
+    if case.flops > MOST_CHECKED_FLOPS:
+        return None
+    reference = partial(find_form(case.group, "xla"), **case.options)
+    got, want = (jax.jit(form)(*case.arguments) for form in (partial(call, **case.options), reference))
+    if case.group == "sampling":
+        return float(jnp.mean(got[0] != want[0]))
+    got, want = (jax.tree.leaves(value)[0].astype(jnp.float32) for value in (got, want))
+    return float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
+
+
+def time_cudnn(case: Case, num_calls: int) -> float | None:
+    """The same prompt through cuDNN: one run without a prefix or window, K and V side by side."""
+    if case.group != "prefill" or len(case.arguments[3]) > 1 or case.options["window"] is not None:
+        return None
+    q_TNH, kv, *_, kv_len_C = case.arguments
+    if int(kv_len_C[0]) != len(q_TNH):
+        return None
+    _, _, num_kv_heads, head_dim = kv.k_PSKH.shape
+    k_1TKH, v_1TKH = (
+        pool[1:].reshape(1, -1, num_kv_heads, head_dim)[:, : len(q_TNH)] for pool in (kv.k_PSKH, kv.v_PSKH)
+    )
+    attend = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    peer = Case(
+        group="cudnn",
+        name=case.name,
+        arguments=(q_TNH[None], k_1TKH, v_1TKH),
+        options={"scale": case.options["scale"]},
+        moved_bytes=0,
+        flops=0,
+    )
+    return time_kernel(attend, peer, num_calls)
+
+
+def measure(case: Case, arguments: argparse.Namespace, ceilings: Ceilings) -> dict[str, Any]:
+    call = find_form(case.group, arguments.form)
+    call_s = time_kernel(call, case, arguments.calls)
+    is_gpu = arguments.form == "gpu"
+    cudnn_s = time_cudnn(case, arguments.calls) if is_gpu else None
+    return {
+        "kernel": case.group,
+        "case": case.name,
+        "us": 1e6 * call_s,
+        "tb_per_s": case.moved_bytes / call_s / 1e12,
+        "tflops": case.flops / call_s / 1e12,
+        "copy_share": case.moved_bytes / call_s / ceilings.copy_bytes_per_s,
+        "matmul_share": case.flops / call_s / ceilings.matmul_flops,
+        "error": measure_error(call, case) if is_gpu and not arguments.no_check else None,
+        "cudnn_us": None if cudnn_s is None else 1e6 * cudnn_s,
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--groups", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--only", default="", metavar="WORDS", help="shapes whose names hold these words")
+    parser.add_argument("--form", choices=["gpu", "xla"], default="gpu")
+    parser.add_argument("--calls", type=int, default=16, help="in one program [%(default)s]")
+    parser.add_argument("--no-check", action="store_true", help="without errors against the reference")
+    parser.add_argument("--copy-mib", type=int, default=4096, help="size of the copy [%(default)s]")
+    parser.add_argument("--matmul-width", type=int, default=8192, help="of the product [%(default)s]")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if arguments.form == "gpu" and jax.default_backend() != "gpu":
+        raise SystemExit("There is no GPU here; --form xla times the reference forms.")
+    ceilings = measure_ceilings(arguments.copy_mib << 20, arguments.matmul_width)
+    print(
+        f"A copy moves {ceilings.copy_bytes_per_s / 1e9:.0f} GB/s, a product of bf16 matrices does "
+        f"{ceilings.matmul_flops / 1e12:.1f} TFLOP/s.\n",
+        flush=True,
+    )
+    found = []
+    for group in arguments.groups:
+        for case in list_cases(group, arguments.only):
+            found.append(measure(case, arguments, ceilings))
+            print(json.dumps(found[-1]), flush=True)  # a run that is cut short has told this much
+    print()
+    rows = []
+    for one in found:
+        error = "–" if one["error"] is None else f"{one['error']:.1e}"
+        rates = [show(one["tb_per_s"], 2), f"{one['copy_share']:.0%}", show(one["tflops"], 1)]
+        rates += [f"{one['matmul_share']:.0%}", error, show(one["cudnn_us"], 1)]
+        rows.append([one["kernel"], one["case"], show(one["us"], 1), *rates])
+    heads = ["kernel", "case", "us", "TB/s", "of copy", "TFLOP/s", "of matmul", "error", "cuDNN, us"]
+    print_table(heads, rows)
+    machine = {**describe_machine(["jax", "jaxlib"]), "device": jax.devices()[0].device_kind}
+    report = {"machine": machine, "form": arguments.form, "ceilings": asdict(ceilings), "kernels": found}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

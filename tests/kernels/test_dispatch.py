@@ -1,0 +1,130 @@
+"""Which form of each kernel is chosen, and that a step for an H200 runs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.kernels_pallas.dispatch import XLA_KERNELS, KernelTarget, choose_kernels
+from jaxserve.kernels_pallas.kv_layer import KVLayer
+from jaxserve.models.interface import StepBatch
+from jaxserve.models.layers import attend
+from tests.kernels.h200 import compile_for_h200, require_h200_compiler
+
+H200 = KernelTarget(
+    platform="gpu",
+    head_dim=128,
+    num_kv_heads=8,
+    page_size=64,
+    kv_dtype="bfloat16",
+    compute_capability="9.0",
+)
+NEEDS_JAX_011 = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="The GPU kernels need jax 0.11.2 or later."
+)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_elsewhere_xla_has_it(platform):
+    assert choose_kernels(replace(H200, platform=platform)) is XLA_KERNELS
+
+
+@NEEDS_JAX_011
+def test_hopper_gets_kernels_of_its_own():
+    from jaxserve.kernels_pallas.kv_write import gpu as kv_write
+    from jaxserve.kernels_pallas.paged_attention import gpu_decode, gpu_prefill
+    from jaxserve.kernels_pallas.sampling import gpu as sampling
+
+    kernels = choose_kernels(H200)
+    assert kernels.rope_write is kv_write.rope_write
+    assert kernels.paged_decode is gpu_decode.paged_decode
+    assert kernels.paged_prefill is gpu_prefill.paged_prefill
+    assert kernels.choose_tokens is sampling.choose_tokens
+    assert kernels.name == "mosaic"
+
+
+def test_another_gpu_gets_xlas_form_and_the_reason():
+    kernels = choose_kernels(replace(H200, compute_capability="8.0"))
+    assert replace(kernels, name="xla") == XLA_KERNELS
+    assert "jax" in kernels.name or "compute capability 8.0 is not that of Hopper, 9.0" in kernels.name
+
+
+@NEEDS_JAX_011
+@pytest.mark.parametrize(
+    ("change", "operation", "reason"),
+    [
+        ({"page_size": 16}, "paged_decode", "decode wants pages of 64 tokens, not 16"),
+        ({"head_dim": 96}, "paged_decode", "decode wants heads of 64, 128, 256, not 96"),
+        ({"kv_dtype": "int8"}, "paged_prefill", "prefill wants pools of bfloat16, not int8"),
+        ({"head_dim": 96}, "rope_write", "the KV write wants heads of 64, 128, 256, not 96"),
+        (
+            {"kv_dtype": "float32"},
+            "paged_decode",
+            "decode wants pools of bfloat16, int8, float8_e4m3fn, not float32",
+        ),
+        (
+            {"kv_dtype": "int8", "num_kv_heads": 2},
+            "rope_write",
+            "the KV write wants heads of int8 in fours, not 2",
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_kernel_does_not_serve_is_named(change, operation, reason):
+    kernels = choose_kernels(replace(H200, **change))
+    assert getattr(kernels, operation) is getattr(XLA_KERNELS, operation)
+    assert f"; xla, as {reason}" in kernels.name
+
+
+def test_an_unknown_platform_is_refused():
+    with pytest.raises(ValueError, match="no kernels are known for platform 'abacus'"):
+        choose_kernels(replace(H200, platform="abacus"))
+
+
+def test_a_step_for_an_h200_attends_in_the_kernel_and_in_place():
+    """Decode rows alone, and the pool that is given back is the one that was given."""
+    require_h200_compiler()
+    kernels = choose_kernels(H200)
+    num_rows, num_heads, num_kv_heads = 8, 32, 8
+
+    def ints(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def values(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    pool = values(1024, 64, num_kv_heads, 128)
+    batch = StepBatch(
+        token_ids_T=ints(num_rows),
+        positions_T=ints(num_rows),
+        write_index_T=ints(num_rows),
+        decode_slot_R=ints(num_rows),
+        decode_kv_len_R=ints(num_rows),
+        chunk_slot_C=ints(0),
+        chunk_token_C=ints(0),
+        chunk_len_C=ints(0),
+        chunk_kv_len_C=ints(0),
+        table_XW=ints(num_rows, 64),
+        sample_token_B=ints(num_rows),
+    )
+    turn = jax.ShapeDtypeStruct((num_rows, 1, 64), jnp.float32)
+    report = compile_for_h200(
+        lambda kv, qkv_TF, rope, batch: attend(kernels, qkv_TF, rope, kv, batch, num_heads, 0.1),
+        KVLayer(pool, pool),
+        values(num_rows, (num_heads + 2 * num_kv_heads) * 128),
+        (turn, turn),
+        batch,
+        donate_argnums=0,
+    )
+    pool_bytes = 1024 * 64 * num_kv_heads * 128 * 2
+    assert [kernel.name.rpartition("_")[0] for kernel in report.kernels] == [
+        "combine_partials",
+        "paged_decode",
+        "rope_write",
+    ]
+    assert report.alias_bytes == 2 * pool_bytes
+    assert report.temp_bytes < pool_bytes / 8

@@ -1,0 +1,91 @@
+"""The whole step of a 7B model, compiled for an H200 without one: kernels where they belong, no copies.
+
+Two layers of the Qwen2.5-7B shape, as what is asked of one layer is asked of all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
+from jaxserve.models import qwen2
+from jaxserve.runner.batch import packed_size
+from jaxserve.runner.buckets import Shape
+from jaxserve.runner.device_state import PoolSize, make_state
+from jaxserve.runner.programs import run_step
+from jaxserve.weights.loader import describe_params
+from tests.kernels.h200 import CompileReport, compile_for_h200, require_h200_compiler
+
+CONFIG = Path(__file__).parents[2] / "benchmarks" / "shapes" / "qwen2.5-7b" / "config.json"
+VOCAB_SIZE = 152064
+PAGE_SIZE = 64
+POOL = PoolSize(num_pages=2049, page_size=PAGE_SIZE, num_slots=256, table_width=128)
+BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "f8e4m3fn": 1}
+
+
+def compile_step(shape: Shape, quantization: str = "none") -> tuple[CompileReport, int, int]:
+    """The report, the bytes of the pool, and those of the smallest matrix of a layer."""
+    require_h200_compiler()
+    cfg = replace(qwen2.Config.from_hf(json.loads(CONFIG.read_text())), num_layers=2)
+    target = KernelTarget(
+        platform="gpu",
+        head_dim=cfg.head_dim,
+        num_kv_heads=cfg.num_kv_heads,
+        page_size=PAGE_SIZE,
+        kv_dtype="bfloat16",
+        compute_capability="9.0",
+    )
+    params = describe_params(qwen2.param_specs(cfg), dtype="bfloat16", quantization=quantization)
+    graphdef, weights = nnx.split(qwen2.Model(cfg, params, choose_kernels(target)))
+    state = jax.eval_shape(partial(make_state, cfg, POOL, jnp.dtype(jnp.bfloat16)))
+    packed = jax.ShapeDtypeStruct((packed_size(shape, POOL.table_width),), jnp.int32)
+    step = partial(run_step, graphdef, shape, PAGE_SIZE)
+    report = compile_for_h200(step, weights, state, packed, donate_argnums=1)
+    pool_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.kv))
+    matrix_bytes = cfg.width * cfg.num_heads * cfg.head_dim * (2 if quantization == "none" else 1)
+    return report, pool_bytes, matrix_bytes
+
+
+def list_copies(hlo: str, least_bytes: int) -> list[str]:
+    """Instructions that give a buffer of at least that size and compute nothing."""
+    found = []
+    for line in hlo.splitlines():
+        match = re.search(r"= (\w+)\[([\d,]*)\]\S* (?:copy|transpose|convert|dynamic-slice|slice)\(", line)
+        if match and match[1] in BYTES:
+            count = math.prod(int(size) for size in match[2].split(",") if size)
+            if count * BYTES[match[1]] >= least_bytes and "fused" not in line:
+                found.append(line.strip()[:120])
+    return found
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "fp8"])
+@pytest.mark.parametrize("shape", [Shape(1, 0), Shape(64, 0), Shape(0, 1024)], ids=str)
+def test_a_step_copies_neither_weights_nor_pool(shape, quantization):
+    report, pool_bytes, matrix_bytes = compile_step(shape, quantization)
+    assert report.alias_bytes >= pool_bytes
+    entry = report.hlo[report.hlo.index("\nENTRY") :]
+    assert list_copies(entry, matrix_bytes) == []
+    if not shape.num_tokens:  # the logits, twice copied where no row wants them edited or scored
+        assert report.temp_bytes < matrix_bytes + 3 * 4 * shape.num_rows * VOCAB_SIZE
+
+
+@pytest.mark.parametrize(
+    ("shape", "attention"),
+    [(Shape(64, 0), {"paged_decode", "combine_partials"}), (Shape(0, 1024), {"paged_prefill"})],
+    ids=["decode", "prefill"],
+)
+def test_a_step_runs_our_kernels_and_no_loops(shape, attention):
+    report, _, _ = compile_step(shape)
+    names = {kernel.name.rpartition("_")[0] for kernel in report.kernels}
+    assert names >= {"rope_write", *attention}
+    assert " while(" not in report.hlo[report.hlo.index("\nENTRY") :]
