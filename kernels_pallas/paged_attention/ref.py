@@ -220,18 +220,19 @@ def _attend_tile(q_KMH, kv: KVLayer, table_W, pos_I, kv_len, window, soft_cap, s
         max_1KM, sum_out_1KMH = carry
         first_1 = (index * block_tokens)[None]
         kv_pos_B = first_1 + jnp.arange(block_tokens)
-        live_B = kv_pos_B < kv_len if is_masked else None
-        if live_B is not None and window is not None:
-            live_B &= kv_pos_B > pos_I[0] - window
-        row_1, live_1B = jnp.zeros(1, jnp.int32), None if live_B is None else live_B[None]
+        live_1B = None
+        if is_masked:
+            live_1B = (kv_pos_B < kv_len)[None]
+            is_seen_MB = kv_pos_B[None, :] <= pos_M[:, None]
+            if window is not None:
+                live_1B &= kv_pos_B > pos_I[0] - window
+                is_seen_MB &= kv_pos_B[None, :] > pos_M[:, None] - window
+        row_1 = jnp.zeros(1, jnp.int32)
         k_1KBH, v_1KBH = _read_block(kv, table_W[None], row_1, first_1, block_tokens, live_1B)
         score_1KMB = einsum("ekmh,ekbh->ekmb", q_KMH[None], k_1KBH)
         if soft_cap is not None:
             score_1KMB = soft_cap * jnp.tanh(score_1KMB / soft_cap)
         if is_masked:
-            is_seen_MB = kv_pos_B[None, :] <= pos_M[:, None]
-            if window is not None:
-                is_seen_MB &= kv_pos_B[None, :] > pos_M[:, None] - window
             score_1KMB = jnp.where(is_seen_MB[None, None], score_1KMB, MASKED)
         new_max_1KM = jnp.maximum(max_1KM, jnp.max(score_1KMB, axis=-1))
         p_1KMB = _as_operand(jnp.exp(score_1KMB - new_max_1KM[..., None]), kv)

@@ -84,8 +84,9 @@ def test_a_step_copies_neither_weights_nor_pool(shape, quantization):
     [(Shape(64, 0), {"paged_decode", "combine_partials"}), (Shape(0, 1024), {"paged_prefill"})],
     ids=["decode", "prefill"],
 )
-def test_a_step_runs_our_kernels_and_no_loops(shape, attention):
+def test_a_step_runs_our_kernels_and_loops_over_nothing_else(shape, attention):
     report, _, _ = compile_step(shape)
     names = {kernel.name.rpartition("_")[0] for kernel in report.kernels}
     assert names >= {"rope_write", *attention}
-    assert " while(" not in report.hlo[report.hlo.index("\nENTRY") :]
+    num_loops = report.hlo[report.hlo.index("\nENTRY") :].count(" while(")
+    assert num_loops == (1 if shape.num_tokens else 0)  # that scores prompts: no time round unless asked
