@@ -21,8 +21,7 @@ def choose_tokens(
     seed_B: jax.Array,
     position_B: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The token ids, int32 [B], and the largest logit of each row, which is NaN if any of its logits is
-    (but XLA's CPU backend loses a NaN in the maximum of a long row).
+    """The token ids, int32 [B], and the largest logit of each row, which is NaN if any of its logits is.
 
     `logits_BV` float32 or bfloat16; temperature, top_p, min_p float32; top_k, seed, position int32.
     Temperature 0 means the largest logit, the lowest id among equals; top_k 0 means all, top_p 1 and min_p 0
@@ -74,13 +73,16 @@ def _keep_likely(
 
 
 def _find_largest(x_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The largest value of each row and the lowest id that has it, which is none if it is NaN.
+    """The largest value of each row and the lowest id that has it; NaN and -1 if the row holds a NaN.
 
     Two simple reductions: XLA's CPU backend does not vectorise argmax, and took a tenth of a step for it.
+    Its maximum of a long row loses a NaN, so the second reduction looks for one.
     """
     largest_B = jnp.max(x_BV, axis=-1)
     id_BV = jax.lax.broadcasted_iota(jnp.int32, x_BV.shape, 1)
-    return largest_B, jnp.min(jnp.where(x_BV == largest_B[:, None], id_BV, x_BV.shape[1]), axis=-1)
+    id_BV = jnp.where(x_BV == largest_B[:, None], id_BV, x_BV.shape[1])
+    id_B = jnp.min(jnp.where(jnp.isnan(x_BV), -1, id_BV), axis=-1)
+    return jnp.where(id_B < 0, jnp.nan, largest_B), id_B
 
 
 def _top_k_floor(scaled_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:

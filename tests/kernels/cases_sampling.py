@@ -50,9 +50,8 @@ ROWS = [
     Row(logits="one", top_k=5, top_p=0.5, min_p=0.5),
     Row(logits="large", top_k=9, top_p=0.8, temperature=0.1),
 ]
-# Rows whose largest logit must not be finite. XLA's CPU backend loses a NaN in the maximum of a long row.
+# Rows whose largest logit must not be finite.
 BAD_ROWS = [Row("infinite"), Row("nothing", top_k=4), Row("nan", top_k=4), Row("nan")]
-NUM_BAD_IN_XLA = 2
 
 # Vocabulary, type of the logits, the rows of ROWS that a simulated GPU gets (a row takes it a second or two),
 # and how it divides them: an overlapping slab, several in a block; padding; a row alone that is shared.
