@@ -60,6 +60,18 @@ def test_make_help_lists_the_targets_of_the_readme():
     assert listed == ["help", "install", "serve", "test", "check", "fix"]
 
 
+# The kernels for Hopper say themselves that an older jax, as on Python 3.11, has no use for them.
+IMPORT_ALL = """
+import importlib, sys
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        if "The GPU kernels need jax" not in str(error):
+            raise
+"""
+
+
 @pytest.mark.slow
 def test_the_wheel_holds_every_module_and_runs_beside_a_folder_called_models(tmp_path: Path):
     pytest.importorskip("setuptools", reason="setuptools is not installed, so no wheel can be built offline")
@@ -84,14 +96,10 @@ def test_the_wheel_holds_every_module_and_runs_beside_a_folder_called_models(tmp
 
     (home / "models").mkdir(parents=True)
     (home / "models" / "__init__.py").write_text("OWNER = 'the user'\n")
-    script = (
-        f"import importlib, models; [importlib.import_module(name) for name in {modules}];"
-        "import jaxserve; print(models.OWNER, jaxserve.__file__)"
-    )
+    script = IMPORT_ALL + "import models, jaxserve; print(models.OWNER, jaxserve.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=home, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", script, *modules]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.startswith(f"the user {tmp_path / 'site'}"), done.stderr
     command = [sys.executable, "-m", "jaxserve", "config", "--config", "tiny"]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, check=True)
