@@ -81,7 +81,7 @@ def paged_decode(
         item_E = index * items_per_trip + jnp.arange(items_per_trip, dtype=jnp.int32)
         row_E, first_E, len_E, live_EB = _find_blocks(item_E, first_R, end_R, kv_len_R, window, block_tokens)
         k_EKBH, v_EKBH = _read_block(kv, table_RW, row_E, first_E, block_tokens, live_EB, is_bundled)
-        max_EKG, sum_EKG, out_EKGH = _attend_blocks(q_RKGH[row_E], k_EKBH, v_EKBH, live_EB, soft_cap)
+        max_EKG, sum_EKG, out_EKGH = _attend_blocks(q_RKGH[row_E], k_EKBH, v_EKBH, live_EB, soft_cap, kv)
         new_max_RKG = max_RKG.at[row_E].max(max_EKG)
         keep_RKG = jnp.exp(max_RKG - new_max_RKG)
         weight_EKG = jnp.where(len_E[:, None, None] > 0, jnp.exp(max_EKG - new_max_RKG[row_E]), 0.0)
@@ -139,7 +139,7 @@ def _divide(sums, sinks_N: jax.Array | None):
     return out_RKGH / jnp.maximum(sum_RKG, 1e-30)[..., None]
 
 
-def _attend_blocks(q_EKGH, k_EKBH, v_EKBH, live_EB, soft_cap: float | None):
+def _attend_blocks(q_EKGH, k_EKBH, v_EKBH, live_EB, soft_cap: float | None, kv: KVLayer):
     """Partial softmax of one block an item: maxima and sums [E, K, G], outputs [E, K, G, H]."""
     score_EKGB = einsum("ekgh,ekbh->ekgb", q_EKGH, k_EKBH)
     if soft_cap is not None:
@@ -147,8 +147,7 @@ def _attend_blocks(q_EKGH, k_EKBH, v_EKBH, live_EB, soft_cap: float | None):
     score_EKGB = jnp.where(live_EB[:, None, None, :], score_EKGB, MASKED)
     max_EKG = jnp.max(score_EKGB, axis=-1)
     p_EKGB = jnp.exp(score_EKGB - max_EKG[..., None])
-    p_operand_EKGB = to_bf16(p_EKGB) if v_EKBH.dtype == jnp.bfloat16 else p_EKGB
-    out_EKGH = einsum("ekgb,ekbh->ekgh", p_operand_EKGB, v_EKBH)
+    out_EKGH = einsum("ekgb,ekbh->ekgh", _as_operand(p_EKGB, kv), v_EKBH)
     return max_EKG, jnp.sum(p_EKGB, axis=-1), out_EKGH
 
 

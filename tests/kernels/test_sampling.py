@@ -66,6 +66,18 @@ def test_the_token_is_the_one_that_must_be_drawn(form, vocab_size, dtype, which,
             assert int(token_B[b]) in allowed, f"row {b}: {row}"
 
 
+@pytest.mark.parametrize("are_likely", [True, False])
+def test_thresholds_lie_among_the_likely_tokens_or_beyond(are_likely):
+    """A batch is looked through whole as soon as one row's threshold lies beyond its likely blocks."""
+    rows = [Row("peaked", top_k=3), Row("peaked", top_p=0.5), Row("peaked", top_k=30, top_p=0.9), Row("one")]
+    if not are_likely:
+        rows += [row for row in ROWS if row.logits in ("flat", "equal", "ties")]
+    logits_BV = make_logits(rows, 2 * ref.LIKELY_BLOCKS * ref.BLOCK_TOKENS - 3, "float32")
+    token_B, _ = choose_tokens("ref")(*arguments(rows, logits_BV, "float32", list(range(len(rows)))))
+    for b, row in enumerate(rows):
+        assert int(token_B[b]) in allowed_tokens(logits_BV[b], row, b, b + 3), f"row {b}: {row}"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_bad_rows_are_told_and_harm_no_others(form):
     rows = [*BAD_ROWS, Row(top_k=5, top_p=0.9), Row()]
