@@ -5,17 +5,13 @@ compiled is an error here and never a silent pause. Two are compiled before serv
 on a thread while it serves. Compiles are counted from jax.monitoring, so that an unexpected one
 anywhere in the process shows.
 
-The first two programs may be compiled while the weights are read (`begin`): shapes are enough. On Linux the
-others compile at a lower priority: at full speed on a machine that is idle, in the gaps between steps on
-one that is not.
+The first two programs may be compiled while the weights are read (`begin`): shapes are enough. How the
+others make way for the steps is told in background.py.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.runner.background import Background
 from jaxserve.runner.batch import packed_size, unpack_step
 from jaxserve.runner.buckets import Ladder, Shape
 from jaxserve.runner.device_state import (
@@ -43,7 +40,6 @@ from jaxserve.runner.scores import score_prompts, score_sampled
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 NUM_FIRST = 2  # programs that serving starts with: the ladder's first two, decode and prefill
-BACKGROUND_NICENESS = 15  # of the thread that compiles the others, and of XLA's threads that it starts
 
 logger = logging.getLogger("jaxserve.runner")
 
@@ -108,8 +104,7 @@ class Programs:
         self.write_forks: Callable | None = None  # None until it is compiled
         self.is_over = False  # whether compiling has come to its end, with or without success
         self._lock = threading.Lock()
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
+        self.background = Background()
 
     @property
     def is_warm(self) -> bool:
@@ -166,43 +161,27 @@ class Programs:
     def compile_rest(self, on_done: Callable[[], None]) -> None:
         """Compile what is not ready, forks first and then shapes in ladder order, on a thread; then call
         on_done."""
+        todo = {"forks": self.compile_forks} if self.write_forks is None else {}
+        shapes = [shape for shape in self.ladder.shapes if shape not in self.ready]
+        todo |= {f"the step of {shape}": partial(self.compile_one, shape) for shape in shapes}
 
-        def work() -> None:
-            _give_way(BACKGROUND_NICENESS)
-            try:
-                compile_all()
-            finally:
-                self.is_over = True
+        def end(is_done: bool) -> None:
+            self.is_over = True
+            if is_done:
+                on_done()
 
-        def compile_all() -> None:
-            todo = {"forks": self.compile_forks} if self.write_forks is None else {}
-            shapes = [shape for shape in self.ladder.shapes if shape not in self.ready]
-            todo |= {f"the step of {shape}": partial(self.compile_one, shape) for shape in shapes}
-            for name, compile_program in todo.items():
-                if self._stopping.is_set():
-                    return
-                try:
-                    compile_program()
-                except jax.errors.JaxRuntimeError:  # most likely too little memory for so large a step
-                    logger.exception("The program of %s could not be compiled; serving without it.", name)
-            on_done()
-
-        self._thread = threading.Thread(target=work, name="jaxserve-compile", daemon=True)
-        self._thread.start()
+        self.background.start([partial(_try_to, name, compile) for name, compile in todo.items()], end)
 
     def stop(self) -> None:
         """Let the compile thread end after the program at hand."""
-        self._stopping.set()
-        if self._thread is not None:
-            self._thread.join()
+        self.background.stop()
 
 
-def _give_way(niceness: int) -> None:
-    """Lower the priority of the calling thread and of those that it starts. Linux only: elsewhere it would be
-    the whole process's."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
+def _try_to(name: str, compile_program: Callable[[], None]) -> None:
+    try:
+        compile_program()
+    except jax.errors.JaxRuntimeError:  # most likely too little memory for so large a step
+        logger.exception("The program of %s could not be compiled; serving without it.", name)
 
 
 def _abstract(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -122,6 +122,7 @@ class ModelRunner:
 
     def step(self, plan: StepPlan) -> PendingStep:
         """Launch a plan and return at once. The plan must fit `limits()`."""
+        self.programs.background.note_step(is_pressed=plan.num_waiting > 0)
         for init in plan.inits:
             self._init_slot(init)
         self._fork(plan)

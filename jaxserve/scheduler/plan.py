@@ -86,6 +86,7 @@ class StepPlan:
     chunks: tuple[PrefillChunk, ...]
     tables: tuple[PageTable, ...] = ()
     copies: tuple[PageCopy, ...] = ()
+    num_waiting: int = 0  # requests that found no place in it
 
     @property
     def num_chunk_tokens(self) -> int:

@@ -119,6 +119,7 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
         chunks=chunks,
         tables=tuple(table for search in searches.values() for table in search.tables),
         copies=tuple(copy for search in searches.values() for copy in search.copies),
+        num_waiting=len(state.waiting),
     )
     if not plan.is_empty:
         state.num_steps += 1

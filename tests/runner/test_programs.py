@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
 
 import jax
@@ -35,14 +33,14 @@ def compile_rest(programs: Programs) -> None:
 
 
 @pytest.fixture
-def compiled(monkeypatch) -> list[tuple[Shape, int]]:
-    """Shapes in the order in which they were asked for, and the priority; nothing is compiled."""
-    asked: list[tuple[Shape, int]] = []
+def compiled(monkeypatch) -> list[Shape]:
+    """Shapes in the order in which they were asked for; nothing is compiled."""
+    asked: list[Shape] = []
 
     def note(programs: Programs, shape: Shape) -> None:
         if shape == CANNOT_BE_COMPILED:
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
-        asked.append((shape, os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        asked.append(shape)
         programs.ready = {**programs.ready, shape: None}
 
     monkeypatch.setattr(Programs, "compile_one", note)
@@ -60,12 +58,10 @@ def test_serving_starts_with_one_decode_and_one_prefill_program(programs):
 
 def test_the_rest_follows_in_the_order_of_the_ladder_without_what_fails(programs, compiled):
     programs.compile_first(lambda *_: None)
-    assert {shape for shape, _ in compiled} == set(LADDER.shapes[:2])
+    assert set(compiled) == set(LADDER.shapes[:2])
     compile_rest(programs)
     assert programs.write_forks is not None
-    assert [shape for shape, _ in compiled[2:]] == [
-        shape for shape in LADDER.shapes[2:] if shape != CANNOT_BE_COMPILED
-    ]
+    assert compiled[2:] == [shape for shape in LADDER.shapes[2:] if shape != CANNOT_BE_COMPILED]
     assert CANNOT_BE_COMPILED not in programs.ready
     assert not programs.is_warm
 
@@ -78,13 +74,3 @@ def test_a_first_program_that_cannot_be_compiled_ends_the_start(programs, monkey
     programs.begin()
     with pytest.raises(jax.errors.JaxRuntimeError):
         programs.compile_first(lambda *_: None)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has priorities of threads")
-def test_steps_go_before_compiling(programs, compiled):
-    ours = os.getpriority(os.PRIO_PROCESS, 0)
-    programs.compile_first(lambda *_: None)
-    assert {priority for _, priority in compiled} == {ours}
-    compile_rest(programs)
-    assert all(priority > ours for _, priority in compiled[2:])
-    assert os.getpriority(os.PRIO_PROCESS, 0) == ours
