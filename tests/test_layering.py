@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from tests.source_tree import SourceFile, shipped_files
 
 # Plain modules that every room may use: data, errors, settings, logging; and the package for its version.
-PLAIN = {"__version__", "types", "errors", "config", "log", "metrics", "progress"}
+PLAIN = {"__version__", "types", "images", "errors", "config", "log", "metrics", "progress"}
 
 # Room -> what else of ours it may import. A dotted name allows that module only.
 ALLOWED: dict[str, set[str]] = {
@@ -18,13 +18,15 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"kernels_pallas"},
     "scheduler": PLAIN,
     "text": PLAIN,
+    "vision": PLAIN,
     "weights": PLAIN | {"models"},
     "runner": PLAIN | {"models", "kernels_pallas", "weights", "scheduler.plan"},
     "engine": PLAIN | {"scheduler", "runner"},
-    "server": PLAIN | {"engine.client", "text"},
+    "server": PLAIN | {"engine.client", "text", "vision"},
     "utils": set(),
     "types": {"errors"},
     "errors": set(),
+    "images": set(),
     "config": {"errors"},
     "cuda_flags": set(),
     "engine_process": set(),
@@ -50,6 +52,7 @@ ARRAYS: dict[str, set[str]] = {
     "engine": ARRAY_LIBRARIES,
     "scheduler": {"numpy"},
     "text": {"numpy"},
+    "vision": {"numpy"},
     "build": ARRAY_LIBRARIES,
     "engine_main": ARRAY_LIBRARIES,
     "llm": ARRAY_LIBRARIES,
@@ -120,7 +123,7 @@ def test_no_torch_at_run_time():
 
 def test_the_http_side_loads_no_jax_at_all():
     """Not even through what it imports: a worker process must start at once and hold no device."""
-    rooms = {"server", "text", "scheduler"}
+    rooms = {"server", "text", "scheduler", "vision"}
     modules = sorted(file.module for file in SHIPPED if file.room in rooms)
     modules += [file.module for file in SHIPPED if file.module == "jaxserve.engine.client"]
     script = (
