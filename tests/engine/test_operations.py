@@ -257,7 +257,8 @@ def test_a_paused_engine_takes_other_weights_at_once(tmp_path, flushes_cache):
     async def scenario():
         async with start(old) as engine:
             running = asyncio.create_task(engine.generate("running", prompt, max_new_tokens=150))
-            await until_running(engine, 1)
+            while not engine.client.stats.num_generated_tokens:  # then the prompt's pages are in the cache
+                await asyncio.sleep(0.005)
             await engine.client.pause("in_place")
             queued = asyncio.create_task(engine.generate("queued", prompt))
             while not engine.client.stats.num_queued:
