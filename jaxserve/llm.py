@@ -16,7 +16,7 @@ import dataclasses
 import queue
 import sys
 import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -36,7 +36,7 @@ from jaxserve.server.logprobs import NativeLogprobs
 from jaxserve.server.pieces import Piece, join_pieces
 from jaxserve.server.replies import render_finish
 from jaxserve.server.sample import MAX_TOKENS_SHOWN, answer, make_question
-from jaxserve.server.sampling import count_choices, read_default_sampling
+from jaxserve.server.sampling import count_choices, read_library_sampling
 from jaxserve.server.settings import TextTools
 from jaxserve.text.chat_template import load_chat_template
 from jaxserve.text.tokenizer import Tokenizer
@@ -45,6 +45,7 @@ from jaxserve.types import SamplingParams
 T = TypeVar("T")
 Prompt = str | list[int]
 Message = dict[str, Any]
+Sampling = SamplingParams | Mapping[str, Any]  # whole, or some of what /generate takes under that name
 
 
 class LLM:
@@ -80,9 +81,6 @@ class LLM:
         )
         self._settings = server_settings
         self._generator = Generator(self._client, text, server_settings, metrics)
-        preferred = server_settings.preferred_sampling_params
-        self._sampling = read_default_sampling(preferred)
-        self._chat_sampling = read_default_sampling(preferred, server_settings.sampling_defaults)
         self._client.connect(self._link.put)
         self._client.handle(Ready(self.info))
         self._is_closed = False
@@ -110,7 +108,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | None = None,
+        sampling_params: Sampling | None = None,
         *,
         show_progress: bool = False,
     ) -> Any:
@@ -130,7 +128,7 @@ class LLM:
     def chat(
         self,
         messages: list[Message] | list[list[Message]],
-        sampling_params: SamplingParams | None = None,
+        sampling_params: Sampling | None = None,
         *,
         show_progress: bool = False,
     ) -> Any:
@@ -145,16 +143,16 @@ class LLM:
         return answers[0] if is_single else answers
 
     def stream(
-        self, prompt: Prompt | list[Message], sampling_params: SamplingParams | None = None
+        self, prompt: Prompt | list[Message], sampling_params: Sampling | None = None
     ) -> Iterator[str]:
         """New text as it comes, of a prompt or a conversation. Leaving the loop early ends the request.
 
         One text at a time: n must be 1, and beam_width too.
         """
         is_chat = not isinstance(prompt, str) and bool(prompt) and isinstance(prompt[0], dict)
-        sampling_params = sampling_params or (self._chat_sampling if is_chat else self._sampling)
+        sampling = self._read_sampling(sampling_params, is_chat=is_chat)
         for name in ("n", "beam_width"):
-            number = getattr(sampling_params, name)
+            number = getattr(sampling, name)
             if number > 1:
                 raise InvalidRequestError(f"{name} must be 1 for a stream, got {number}.", param=name)
         make: Any = self._make_chat_job if is_chat else self._make_job
@@ -165,7 +163,7 @@ class LLM:
                 async for pieces in run:
                     arrived.put("".join(piece.text for piece in pieces))
 
-        task = self._start(pump(make(prompt, sampling_params)))
+        task = self._start(pump(make(prompt, sampling)))
         task.add_done_callback(lambda done: arrived.put(None if done.cancelled() else done.exception()))
         try:
             while isinstance(item := arrived.get(), str):
@@ -240,18 +238,24 @@ class LLM:
         finally:
             self._runner.close()
 
-    def _make_job(self, prompt: Prompt, sampling_params: SamplingParams | None) -> Job:
+    def _read_sampling(self, asked: Sampling | None, *, is_chat: bool) -> SamplingParams:
+        settings = self._settings
+        defaults = settings.sampling_defaults if is_chat else None
+        return read_library_sampling(asked, settings.preferred_sampling_params, defaults)
+
+    def _make_job(self, prompt: Prompt, sampling_params: Sampling | None) -> Job:
         return Job(
             rid=new_rid(),
             prompt=prompt,
             prompt_field="prompts",
-            sampling=sampling_params or self._sampling,
+            sampling=self._read_sampling(sampling_params, is_chat=False),
         )
 
-    def _make_chat_job(self, messages: list[Message], sampling_params: SamplingParams | None) -> Job:
+    def _make_chat_job(self, messages: list[Message], sampling_params: Sampling | None) -> Job:
         if not messages:
             raise InvalidRequestError("messages must hold at least one message.", param="messages")
-        job = self._make_job(self._template.render(messages), sampling_params or self._chat_sampling)
+        sampling = self._read_sampling(sampling_params, is_chat=True)
+        job = self._make_job(self._template.render(messages), sampling)
         return dataclasses.replace(job, prompt_field="messages", has_special_tokens=True)
 
     def _run(self, jobs: list[Job], show_progress: bool) -> list[Any]:

@@ -149,6 +149,17 @@ def test_a_closed_model_says_so_and_closes_once(tmp_path):
         model.generate("hello")
 
 
+def test_sampling_may_be_asked_for_by_a_dict_as_in_generate(llm):
+    asked = {"temperature": 0, "max_new_tokens": 8, "ignore_eos": True}
+    assert llm.generate("hello", asked)["output_ids"] == llm.generate("hello", GREEDY)["output_ids"]
+    with pytest.raises(InvalidRequestError, match="max_tokens"):
+        llm.generate("hello", {"max_tokens": 8})
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        llm.chat([{"role": "user", "content": "hello"}], {"temperature": "hot"})
+    with pytest.raises(InvalidRequestError, match="must be SamplingParams or a dict, got float"):
+        llm.generate("hello", 0.5)
+
+
 def test_what_is_impossible_is_refused_with_a_sentence(llm):
     with pytest.raises(InvalidRequestError, match="temperature must be a finite number >= 0, got -1"):
         llm.generate("hello", SamplingParams(temperature=-1))

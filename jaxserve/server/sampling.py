@@ -18,7 +18,7 @@ import msgspec
 from msgspec import UNSET
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.server.decode import refuse_value
+from jaxserve.server.decode import decode_body, refuse_value
 from jaxserve.server.schemas import REFUSED_BY_ALL, ChatBody, CompletionBody, SamplingBody
 from jaxserve.server.settings import SamplingDefaults
 from jaxserve.types import GREEDY_BELOW_TEMPERATURE, SamplingParams, ScoreParams, TokenParams
@@ -91,12 +91,27 @@ def read_chat_sampling(
     return _settle(asked, preferred or {}, _recommend(defaults), max_new_tokens=None)
 
 
-def read_default_sampling(
-    preferred: Mapping[str, Any], defaults: SamplingDefaults | None = None
+def read_library_sampling(
+    asked: SamplingParams | Mapping[str, Any] | None,
+    preferred: Mapping[str, Any],
+    defaults: SamplingDefaults | None = None,
 ) -> SamplingParams:
-    """The library's, for a caller who asks for nothing; `defaults` are the model's, for a chat."""
+    """What a caller of the library asks for: all of it, or some names of /generate's sampling_params, or
+    nothing. `defaults` are the model's, for a chat. Raises InvalidRequestError for an unknown name or a wrong
+    type."""
+    if isinstance(asked, SamplingParams):
+        return asked
+    body = SamplingBody()
+    if isinstance(asked, Mapping):
+        body = decode_body(msgspec.json.encode(asked), SamplingBody)
+        _refuse_unsupported(body)
+    elif asked is not None:
+        raise InvalidRequestError(
+            f"sampling_params must be SamplingParams or a dict, got {type(asked).__name__}.",
+            param="sampling_params",
+        )
     recommended = None if defaults is None else _recommend(defaults)
-    return _settle(SamplingBody(), preferred, recommended, max_new_tokens=GENERATE_MAX_NEW_TOKENS)
+    return _settle(body, preferred, recommended, max_new_tokens=GENERATE_MAX_NEW_TOKENS)
 
 
 def _recommend(defaults: SamplingDefaults) -> SamplingBody:
