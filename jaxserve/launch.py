@@ -124,7 +124,7 @@ def read_tokenizer(config: ServerConfig, files: ModelFiles) -> Tokenizer:
     return load_tokenizer(
         config.tokenizer_path or local_model_path(files),
         generation_config=files.generation_config,
-        vocab_size=files.hf_config.get("vocab_size"),
+        vocab_size=(files.hf_config.get("text_config") or files.hf_config).get("vocab_size"),
     )
 
 

@@ -19,10 +19,14 @@ from jaxserve.kernels_pallas.kv_layer import KVLayer as KVLayer  # what a forwar
 
 @dataclass(frozen=True, slots=True)
 class TensorSource:
-    """One tensor of a checkpoint in Hugging Face naming, with the shape it must have there."""
+    """One tensor of a checkpoint in Hugging Face naming, with the shape it must have there.
+
+    `other_names` are what other writers call it; a checkpoint holds it under one of the names.
+    """
 
     name: str
     shape: tuple[int, ...]
+    other_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,8 +34,9 @@ class ParamSpec:
     """One served parameter and the checkpoint tensors that make it, concatenated along axis 0.
 
     `path` addresses the module attribute ("layers.3.w_qkv_FD"). `kind` is "matrix" ([output, input]) or
-    "embedding" ([vocabulary, width]), both quantisable per row of axis 0, or "vector" (norms and
-    biases: never quantised, kept in float32). `axes` are logical names for sharding, one an axis.
+    "embedding" ([vocabulary, width]), both quantisable per row of axis 0, "exact" (a matrix that is never
+    quantised), or "vector" (norms and biases: never quantised, kept in float32). `axes` are logical names for
+    sharding, one an axis.
     """
 
     path: str
@@ -45,6 +50,31 @@ class ParamSpec:
         return (sum(source.shape[0] for source in self.sources), *first[1:])
 
 
+class ImageTokens(NamedTuple):
+    """What a step's tokens are given beside their ids in a family that sees images.
+
+    The tokens of an image take rows of `feature_MD`, whose M rows are of any images and more than these:
+    what `encode_images` gave, wherever the caller put it. `positions_3T` replaces `positions_T`.
+    """
+
+    positions_3T: jax.Array  # int32, time, row and column (jaxserve/vision/rope_positions.py)
+    feature_row_T: jax.Array  # int32, row of feature_MD in place of the token's embedding; -1 for text
+    feature_MD: jax.Array  # float32
+
+
+class PatchBatch(NamedTuple):
+    """One run of a vision encoder: U patches in the order of their windows, padding behind them.
+
+    Laid out by jaxserve/vision/windows.py, which says what the arrays mean.
+    """
+
+    patch_UC: jax.Array  # float32, the values of a patch
+    place_2U: jax.Array  # int32, row and column in the image
+    window_U: jax.Array  # int32, -1 for padding
+    image_U: jax.Array  # int32, -1 for padding
+    order_M: jax.Array  # int32, where the m-th image token's square of patches is
+
+
 class StepBatch(NamedTuple):
     """One step on the device: R decode rows, then C chunks packed into the remaining tokens.
 
@@ -53,7 +83,7 @@ class StepBatch(NamedTuple):
     """
 
     token_ids_T: jax.Array  # int32
-    positions_T: jax.Array  # int32
+    positions_T: jax.Array  # int32, for rotary embedding only: behind images it is not the token's index
     write_index_T: jax.Array  # int32, page * S + offset: where each token's K and V go
     decode_slot_R: jax.Array  # int32
     decode_kv_len_R: jax.Array  # int32, tokens attended to, this one included; 0 for padding
@@ -63,6 +93,7 @@ class StepBatch(NamedTuple):
     chunk_kv_len_C: jax.Array  # int32, start + chunk_len
     table_XW: jax.Array  # int32, page ids by slot (X slots)
     sample_token_B: jax.Array  # int32, index in T of the token whose logits row B samples
+    images: ImageTokens | None = None  # None in programs that feed no image
 
 
 class ModelConfig(Protocol):

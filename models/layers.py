@@ -56,6 +56,18 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
 def rope_tables(positions_T: jax.Array, frequencies: tuple[float, ...]) -> tuple[jax.Array, jax.Array]:
     """cos and sin of position * frequency, float32 [T, 1, H / 2]; computed once a step."""
     angle_TH = positions_T[:, None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, :]
+    return _turn(angle_TH)
+
+
+def axial_rope_tables(
+    positions_AT: jax.Array, frequencies: tuple[float, ...], axes: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """The same for tokens with A positions each: pair i turns with the position on axis `axes[i]`."""
+    positions_TH = positions_AT[jnp.asarray(axes), :].T.astype(jnp.float32)
+    return _turn(positions_TH * jnp.asarray(frequencies, jnp.float32)[None, :])
+
+
+def _turn(angle_TH: jax.Array) -> tuple[jax.Array, jax.Array]:
     tables = jnp.cos(angle_TH)[:, None, :], jnp.sin(angle_TH)[:, None, :]
     # XLA would compute them again for every head of every layer.
     return jax.lax.optimization_barrier(tables)

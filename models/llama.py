@@ -116,6 +116,13 @@ class Model(nnx.Module):
         cfg = self.cfg
         frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         rope = rope_tables(batch.positions_T, frequencies)
+        return self.run_layers(embed(batch.token_ids_T, self.embed_VD.get_value()), rope, batch, kv)
+
+    def run_layers(
+        self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], batch: StepBatch, kv: list[KVLayer]
+    ) -> tuple[jax.Array, list[KVLayer]]:
+        """The blocks, on embedded tokens and with the rotary tables of any family that shares them."""
+        cfg = self.cfg
         graphdef, _ = nnx.split(self.layers[0])
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
@@ -132,7 +139,6 @@ class Model(nnx.Module):
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
             return x_TD + gated_mlp(h_TD, layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value()), kv
 
-        x_TD = embed(batch.token_ids_T, self.embed_VD.get_value())
         new_kv = []
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x_TD, layer_kv = run_layer(nnx.state(layer), x_TD, layer_kv)

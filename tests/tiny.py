@@ -131,7 +131,7 @@ def tiny_tensor_shapes(name: str) -> dict[str, tuple[int, ...]]:
 def tiny_tensor(name: str, tensor_name: str, seed: int = 0) -> np.ndarray:
     """One float32 tensor of tiny model `name`; the same bits everywhere."""
     shape = tiny_tensor_shapes(name)[tensor_name]
-    noise = _draw_bell_noise(f"{name}/{seed}/{tensor_name}", shape)
+    noise = draw_bell_noise(f"{name}/{seed}/{tensor_name}", shape)
     if "norm" in tensor_name:
         values = 1.0 + 0.1 * noise
     elif tensor_name.endswith(".bias"):
@@ -175,35 +175,35 @@ def write_tiny_checkpoint(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _write_json(directory / "config.json", tiny_config(name, dtype))
-    _write_json(
+    write_json(directory / "config.json", tiny_config(name, dtype))
+    write_json(
         directory / "generation_config.json",
         {"bos_token_id": BOS_ID, "eos_token_id": list(EOS_IDS), "do_sample": False},
     )
     tensors = tiny_tensors(name, seed)
     if shards == 1:
-        _write_safetensors(directory / "model.safetensors", tensors, dtype)
+        write_safetensors(directory / "model.safetensors", tensors, dtype)
         return directory
     weight_map: dict[str, str] = {}
     for shard in range(shards):
         file_name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         part = {key: tensors[key] for key in list(tensors)[shard::shards]}
-        _write_safetensors(directory / file_name, part, dtype)
+        write_safetensors(directory / file_name, part, dtype)
         weight_map |= dict.fromkeys(part, file_name)
     item_bytes = np.dtype(_NUMPY_DTYPES[dtype]).itemsize
     total_bytes = sum(tensor.size for tensor in tensors.values()) * item_bytes
-    _write_json(
+    write_json(
         directory / "model.safetensors.index.json",
         {"metadata": {"total_size": total_bytes}, "weight_map": weight_map},
     )
     return directory
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], dtype: str) -> None:
     if dtype not in _NUMPY_DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(_NUMPY_DTYPES)}")
     served = {key: tensor.astype(_NUMPY_DTYPES[dtype]) for key, tensor in tensors.items()}
@@ -216,7 +216,7 @@ def _draw_bits(key: str, count: int) -> np.ndarray:
     return np.random.PCG64(seed).random_raw(count)
 
 
-def _draw_bell_noise(key: str, shape: tuple[int, ...]) -> np.ndarray:
+def draw_bell_noise(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """Zero mean, unit variance, within 3.47: the sum of four 16-bit uniforms taken from one uint64.
 
     NumPy promises raw bits across releases but not its normal variates, which also pass through libm.

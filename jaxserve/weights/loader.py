@@ -12,8 +12,9 @@ import contextlib
 import math
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxserve.errors import WeightError
-from jaxserve.models.interface import ParamSpec
+from jaxserve.models.interface import ParamSpec, TensorSource
 from jaxserve.models.quant import Matrix, QuantizedMatrix, hadamard
 from jaxserve.weights.cache import ProgressCallback
 from jaxserve.weights.gguf_names import open_gguf_checkpoint
@@ -102,7 +103,8 @@ def load_params(
     else:
         checkpoint = open_safetensors(files.local_dir)
     with contextlib.closing(checkpoint):
-        check_checkpoint(checkpoint, specs, is_tied=bool(files.hf_config.get("tie_word_embeddings")))
+        specs = _find_names(specs, checkpoint.tensor_names())
+        check_checkpoint(checkpoint, specs, is_tied=_is_tied(files.hf_config))
 
         def read_block(spec: ParamSpec, first_row: int, num_rows: int) -> np.ndarray:
             return _read_spec_rows(checkpoint, spec, first_row, num_rows)
@@ -185,6 +187,23 @@ def check_checkpoint(checkpoint: CheckpointTensors, specs: list[ParamSpec], *, i
             f"The checkpoint holds {_list_names(left_over)}, which the model does not use: the config names "
             "another architecture than the weights are of."
         )
+
+
+def _find_names(specs: list[ParamSpec], names: list[str]) -> list[ParamSpec]:
+    """The specs with each source under the one of its names that the checkpoint has."""
+    present = set(names)
+
+    def find(source: TensorSource) -> TensorSource:
+        found = next((name for name in (source.name, *source.other_names) if name in present), source.name)
+        return replace(source, name=found)
+
+    return [replace(spec, sources=tuple(map(find, spec.sources))) for spec in specs]
+
+
+def _is_tied(hf_config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embedding; models that see images may say so with their language side."""
+    configs = (hf_config, hf_config.get("text_config") or {})
+    return any(config.get("tie_word_embeddings") for config in configs)
 
 
 def _build_params(
@@ -333,7 +352,7 @@ def _require_finite(spec: ParamSpec, block: np.ndarray, derived: np.ndarray) -> 
 
 
 def _is_quantized(spec: ParamSpec, quantization: str) -> bool:
-    return spec.kind != "vector" and quantization != "none"
+    return spec.kind in ("matrix", "embedding") and quantization != "none"
 
 
 def _float_type(spec: ParamSpec, dtype: str) -> np.dtype:

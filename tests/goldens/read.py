@@ -10,6 +10,8 @@ server read them here. Knows nothing of jax or torch.
     <real model>.json   prompt as rendered, its ids, 64 greedy ids and their text, for each of prompts.json
     <real model>.npz    the numbers that go with it
     beams_<real model>.json  what a beam search finds for some of prompts.json
+    tiny_qwen2_5_vl.npz, .json  every stage of the model of tests/tiny_vl.py, made by make_vl_goldens.py
+    picture.png         what the chat in tiny_qwen2_5_vl.json is about
 """
 
 from __future__ import annotations
@@ -94,6 +96,13 @@ def read_beam_goldens(model: str) -> dict[str, Any]:
     """`beam_width`, `max_new_tokens`, `stop_id`, and in `prompts` the beams by prompt name, best first: each
     has `token_ids`, the stop id included, and `sum`, good to about 2e-4."""
     return json.loads((GOLDENS_DIR / f"beams_{model}.json").read_text(encoding="utf-8"))
+
+
+def read_vl_facts() -> dict[str, Any]:
+    """Of the tiny Qwen2.5-VL: `fingerprint`, `smallest_margins` by case, and `chat`, a question about
+    picture.png: `text`, `rendered`, `grid`, `prompt_ids`, 32 `greedy_ids` and their `greedy_text`
+    without special tokens."""
+    return json.loads((GOLDENS_DIR / "tiny_qwen2_5_vl.json").read_text(encoding="utf-8"))
 
 
 def read_real_goldens(model: str) -> dict[str, RealGolden]:

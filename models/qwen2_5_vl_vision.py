@@ -1,0 +1,287 @@
+"""The vision encoder of Qwen2.5-VL: patches of images to rows that take the places of embedded tokens.
+
+A transformer over patches: RMS norm, rotary embedding by row and column, multi-head attention, gated MLP, all
+products with biases. Most blocks attend within windows of the image, a few over the whole image. Squares of
+patches are merged into one row in the end. Used by qwen2_5_vl.py; knows nothing of tokens or pixels, nor of
+how patches are laid out (interface.PatchBatch). Its weights are never quantised: they are 8 % of the 7B
+model, and an MLP of 3420 channels leaves int8's rotation runs of four.
+
+Letters of this file, beside those of models/__init__.py:
+
+    U  patches, in window order     M  merged squares of patches
+    W  patches in a window          E  width of the language model
+    C  values of a patch, I T Y X: colours, frames, rows and columns of pixels
+    Q  patches whose scores are in memory at once
+
+Reference: transformers, models/qwen2_5_vl.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxserve.kernels_pallas.kv_write.ref import rotate
+from jaxserve.kernels_pallas.rounding import to_bf16
+from jaxserve.models.hf_config import HARMLESS
+from jaxserve.models.interface import ParamSpec, PatchBatch, TensorSource
+from jaxserve.models.layers import axial_rope_tables, rms_norm, rope_frequencies
+from jaxserve.models.quant import matmul
+
+NORM_EPS = 1e-6
+ROPE_THETA = 10000.0
+MOST_SCORES = 1 << 20  # of a head, in memory at once
+WINDOWS_AT_ONCE = 16
+NO_WINDOW = -2  # of the rows in front of the first patch and behind the last
+
+einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    depth: int
+    width: int
+    mlp_width: int
+    num_heads: int
+    out_width: int  # the language model's
+    num_colours: int
+    patch_frames: int
+    patch_size: int  # pixels
+    merge_size: int  # side of the square of patches that becomes a token
+    window_patches: int  # side of a window
+    full_blocks: tuple[int, ...]  # those that attend over the whole image
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def patch_values(self) -> int:
+        return self.num_colours * self.patch_frames * self.patch_size**2
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> Config:
+        """Read config.json's `vision_config`; what it leaves out has the value it has in transformers.
+
+        Raises ValueError on a field that is not known or a value that is not served.
+        """
+        for name, value in hf.items():
+            known = name in READ or name in HARMLESS or name in ABOUT_VIDEOS
+            if not known and value not in (None, False, 0, "", [], {}):
+                raise ValueError(f"config.json: the field vision_config.{name}={value!r} is not known")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"config.json: vision_config.hidden_act={hf['hidden_act']!r} is not supported")
+        patch_size, merge_size = hf.get("patch_size", 14), hf.get("spatial_merge_size", 2)
+        cfg = cls(
+            depth=hf.get("depth", 32),
+            width=hf["hidden_size"],
+            mlp_width=hf.get("intermediate_size", 3420),
+            num_heads=hf.get("num_heads", 16),
+            out_width=hf.get("out_hidden_size", 3584),
+            num_colours=hf.get("in_channels", hf.get("in_chans", 3)),
+            patch_frames=hf.get("temporal_patch_size", 2),
+            patch_size=patch_size,
+            merge_size=merge_size,
+            window_patches=hf.get("window_size", 112) // (patch_size * merge_size) * merge_size,
+            full_blocks=tuple(hf.get("fullatt_block_indexes", (7, 15, 23, 31))),
+        )
+        if cfg.width % (4 * cfg.num_heads):
+            raise ValueError("config.json: vision_config.hidden_size must be a multiple of 4 x num_heads")
+        return cfg
+
+
+READ = frozenset(
+    """
+    depth hidden_size intermediate_size num_heads out_hidden_size in_channels in_chans temporal_patch_size
+    patch_size spatial_merge_size window_size fullatt_block_indexes hidden_act
+    """.split()
+)
+# And one that says again what patch_size says.
+ABOUT_VIDEOS = frozenset({"tokens_per_second", "spatial_patch_size"})
+
+
+def param_specs(cfg: Config) -> list[ParamSpec]:
+    """The parameters, with paths that start with "vision."; gate and up are fused while loading."""
+
+    def source(name: str, *shape: int) -> TensorSource:
+        return TensorSource(f"visual.{name}", shape, (f"model.visual.{name}",))
+
+    def exact(path: str, *sources: TensorSource) -> ParamSpec:
+        axes = (None,) * len(sources[0].shape)
+        return ParamSpec(path=f"vision.{path}", kind="exact", sources=sources, axes=axes)
+
+    def vector(path: str, *sources: TensorSource) -> ParamSpec:
+        return ParamSpec(path=f"vision.{path}", kind="vector", sources=sources, axes=(None,))
+
+    width, ffn = cfg.width, cfg.mlp_width
+    patch_shape = (width, cfg.num_colours, cfg.patch_frames, cfg.patch_size, cfg.patch_size)
+    specs = [exact("w_patch_DITYX", source("patch_embed.proj.weight", *patch_shape))]
+    for i in range(cfg.depth):
+        here, hf = f"blocks.{i}", f"blocks.{i}"
+        gate, up = f"{hf}.mlp.gate_proj", f"{hf}.mlp.up_proj"
+        specs += [
+            vector(f"{here}.attn_norm_D", source(f"{hf}.norm1.weight", width)),
+            exact(f"{here}.w_qkv_FD", source(f"{hf}.attn.qkv.weight", 3 * width, width)),
+            vector(f"{here}.b_qkv_F", source(f"{hf}.attn.qkv.bias", 3 * width)),
+            exact(f"{here}.w_o_DF", source(f"{hf}.attn.proj.weight", width, width)),
+            vector(f"{here}.b_o_D", source(f"{hf}.attn.proj.bias", width)),
+            vector(f"{here}.mlp_norm_D", source(f"{hf}.norm2.weight", width)),
+            exact(
+                f"{here}.w_gate_up_FD",
+                source(f"{gate}.weight", ffn, width),
+                source(f"{up}.weight", ffn, width),
+            ),
+            vector(f"{here}.b_gate_up_F", source(f"{gate}.bias", ffn), source(f"{up}.bias", ffn)),
+            exact(f"{here}.w_down_DF", source(f"{hf}.mlp.down_proj.weight", width, ffn)),
+            vector(f"{here}.b_down_D", source(f"{hf}.mlp.down_proj.bias", width)),
+        ]
+    merged = width * cfg.merge_size**2
+    return [
+        *specs,
+        vector("merge_norm_D", source("merger.ln_q.weight", width)),
+        exact("w_merge_in_FF", source("merger.mlp.0.weight", merged, merged)),
+        vector("b_merge_in_F", source("merger.mlp.0.bias", merged)),
+        exact("w_merge_out_EF", source("merger.mlp.2.weight", cfg.out_width, merged)),
+        vector("b_merge_out_E", source("merger.mlp.2.bias", cfg.out_width)),
+    ]
+
+
+class Block(nnx.Module):
+    """One block's parameters, which are found by the names that `param_specs` gives them."""
+
+    def __init__(self, params: Mapping[str, Any], prefix: str):
+        self.attn_norm_D = nnx.Param(params[f"{prefix}.attn_norm_D"])
+        self.w_qkv_FD = nnx.Param(params[f"{prefix}.w_qkv_FD"])
+        self.b_qkv_F = nnx.Param(params[f"{prefix}.b_qkv_F"])
+        self.w_o_DF = nnx.Param(params[f"{prefix}.w_o_DF"])
+        self.b_o_D = nnx.Param(params[f"{prefix}.b_o_D"])
+        self.mlp_norm_D = nnx.Param(params[f"{prefix}.mlp_norm_D"])
+        self.w_gate_up_FD = nnx.Param(params[f"{prefix}.w_gate_up_FD"])
+        self.b_gate_up_F = nnx.Param(params[f"{prefix}.b_gate_up_F"])
+        self.w_down_DF = nnx.Param(params[f"{prefix}.w_down_DF"])
+        self.b_down_D = nnx.Param(params[f"{prefix}.b_down_D"])
+
+
+class Encoder(nnx.Module):
+    """Built from loaded parameters by path (see `param_specs`)."""
+
+    def __init__(self, cfg: Config, params: Mapping[str, Any]):
+        self.cfg = cfg
+        self.w_patch_DITYX = nnx.Param(params["vision.w_patch_DITYX"])
+        self.blocks = nnx.List([Block(params, f"vision.blocks.{i}") for i in range(cfg.depth)])
+        self.merge_norm_D = nnx.Param(params["vision.merge_norm_D"])
+        self.w_merge_in_FF = nnx.Param(params["vision.w_merge_in_FF"])
+        self.b_merge_in_F = nnx.Param(params["vision.b_merge_in_F"])
+        self.w_merge_out_EF = nnx.Param(params["vision.w_merge_out_EF"])
+        self.b_merge_out_E = nnx.Param(params["vision.b_merge_out_E"])
+
+    def __call__(self, batch: PatchBatch) -> jax.Array:
+        """Rows for the image tokens [M, E] float32, in the order of the tokens; those of padding are noise.
+
+        U is a multiple of a window's patches. The residual stream is float32 whatever the weights are.
+        """
+        cfg = self.cfg
+        frequencies = rope_frequencies(cfg.head_dim // 2, ROPE_THETA, None)
+        axes = (0,) * len(frequencies) + (1,) * len(frequencies)
+        rope = axial_rope_tables(batch.place_2U, 2 * frequencies, axes)
+        graphdef, _ = nnx.split(self.blocks[0])
+
+        # A jit of its own, so that it is traced and lowered once for all blocks of a kind.
+        @partial(jax.jit, static_argnames="is_full")
+        def run_block(params: nnx.State, x_UD: jax.Array, is_full: bool) -> jax.Array:
+            block = nnx.merge(graphdef, params)
+            h_UD = rms_norm(x_UD, block.attn_norm_D.get_value(), NORM_EPS)
+            qkv_UF = matmul(h_UD, block.w_qkv_FD.get_value()) + block.b_qkv_F.get_value()
+            qkv_U3NH = qkv_UF.reshape(len(qkv_UF), 3, cfg.num_heads, cfg.head_dim)
+            q_UNH, k_UNH = (rotate(qkv_U3NH[:, i], *rope) for i in range(2))
+            qkv = [_as_operand(x, block) for x in (q_UNH * cfg.head_dim**-0.5, k_UNH, qkv_U3NH[:, 2])]
+            if is_full:
+                o_UNH = attend_over_images(*qkv, batch.image_U)
+            else:
+                o_UNH = attend_within_windows(*qkv, batch.window_U, cfg.window_patches**2)
+            o_UD = matmul(o_UNH.reshape(x_UD.shape), block.w_o_DF.get_value())
+            x_UD = x_UD + o_UD + block.b_o_D.get_value()
+            h_UD = rms_norm(x_UD, block.mlp_norm_D.get_value(), NORM_EPS)
+            h_UF = matmul(h_UD, block.w_gate_up_FD.get_value()) + block.b_gate_up_F.get_value()
+            gate_UF, up_UF = jnp.split(h_UF, 2, axis=1)
+            h_UD = matmul(jax.nn.silu(gate_UF) * up_UF, block.w_down_DF.get_value())
+            return x_UD + h_UD + block.b_down_D.get_value()
+
+        x_UD = matmul(batch.patch_UC, self.w_patch_DITYX.get_value().reshape(cfg.width, -1))
+        for i, block in enumerate(self.blocks):
+            x_UD = run_block(nnx.state(block), x_UD, is_full=i in cfg.full_blocks)
+        h_UD = rms_norm(x_UD, self.merge_norm_D.get_value(), NORM_EPS)
+        h_MF = matmul(h_UD.reshape(len(batch.order_M), -1), self.w_merge_in_FF.get_value())
+        h_MF = jax.nn.gelu(h_MF + self.b_merge_in_F.get_value(), approximate=False)
+        y_ME = matmul(h_MF, self.w_merge_out_EF.get_value()) + self.b_merge_out_E.get_value()
+        return y_ME[batch.order_M]
+
+
+def attend_within_windows(
+    q_UNH: jax.Array, k_UNH: jax.Array, v_UNH: jax.Array, window_U: jax.Array, window_patches: int
+) -> jax.Array:
+    """Attention among the patches of the same window: [U, N, H] float32; q is scaled already.
+
+    A window has at most W = `window_patches` patches, next to each other, so one that touches a run of W
+    patches reaches into the runs beside it and no further:
+
+        run        0        1        2        3
+        window     0 0 0 1  1 1 1 2  2 3 3 3  4 4 4 4
+                     [       1's keys       ]
+    """
+    num_runs = len(q_UNH) // window_patches
+    beside = ((window_patches, window_patches), (0, 0), (0, 0))
+    k_UNH, v_UNH = jnp.pad(k_UNH, beside), jnp.pad(v_UNH, beside)
+    padded_window_U = jnp.pad(window_U, window_patches, constant_values=NO_WINDOW)
+
+    def attend_run(run: jax.Array) -> jax.Array:
+        start = run * window_patches
+        q_WNH = jax.lax.dynamic_slice_in_dim(q_UNH, start, window_patches)
+        window_W = jax.lax.dynamic_slice_in_dim(window_U, start, window_patches)
+        near = (k_UNH, v_UNH, padded_window_U)
+        k_VNH, v_VNH, window_V = (
+            jax.lax.dynamic_slice_in_dim(x, start, 3 * window_patches) for x in near
+        )  # V = 3 W
+        return _attend(q_WNH, k_VNH, v_VNH, window_W[:, None] == window_V[None, :])
+
+    return jax.lax.map(attend_run, jnp.arange(num_runs), batch_size=WINDOWS_AT_ONCE).reshape(q_UNH.shape)
+
+
+def attend_over_images(q_UNH: jax.Array, k_UNH: jax.Array, v_UNH: jax.Array, image_U: jax.Array) -> jax.Array:
+    """Attention among the patches of the same image: [U, N, H] float32; q is scaled already.
+
+    Scores of Q patches to all are in memory at a time. Runs of padding are passed over.
+    """
+    num_patches = len(q_UNH)
+    most = max(1, MOST_SCORES // num_patches)
+    run_length = next(n for n in (256, 128, 64, 32, 16, 8, 4, 2, 1) if n <= most and num_patches % n == 0)
+
+    def attend_run(run: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q_QNH, image_Q = run
+        return jax.lax.cond(
+            image_Q[0] >= 0,  # padding is last
+            lambda: _attend(q_QNH, k_UNH, v_UNH, image_Q[:, None] == image_U[None, :]),
+            lambda: jnp.zeros(q_QNH.shape, jnp.float32),
+        )
+
+    runs = q_UNH.reshape(-1, run_length, *q_UNH.shape[1:]), image_U.reshape(-1, run_length)
+    return jax.lax.map(attend_run, runs).reshape(q_UNH.shape)
+
+
+def _attend(q_QNH: jax.Array, k_UNH: jax.Array, v_UNH: jax.Array, sees_QU: jax.Array) -> jax.Array:
+    """Softmax over the keys that a query sees, one at least, itself."""
+    score_NQU = einsum("qnh,unh->nqu", q_QNH, k_UNH)
+    p_NQU = jax.nn.softmax(jnp.where(sees_QU, score_NQU, -jnp.inf), axis=-1)
+    p_NQU = to_bf16(p_NQU) if v_UNH.dtype == jnp.bfloat16 else p_NQU
+    return einsum("nqu,unh->qnh", p_NQU, v_UNH)
+
+
+def _as_operand(x: jax.Array, block: Block) -> jax.Array:
+    """Queries, keys and values are rounded to bf16 where the weights are."""
+    return to_bf16(x) if block.w_qkv_FD.get_value().dtype == jnp.bfloat16 else x
