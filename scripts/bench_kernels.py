@@ -19,6 +19,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -27,8 +28,8 @@ import kernel_bench_decode
 import kernel_bench_prefill
 import kernel_bench_rope_write
 import kernel_bench_sampling
-from bench_step import Ceilings, measure_ceilings, time_calls
 from bench_workload import describe_machine, print_table, show
+from device_rates import Ceilings, add_ceiling_flags, measure_ceilings, time_calls
 
 MODULES = {
     "decode": "paged_attention.{}.paged_decode",
@@ -208,11 +209,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--groups", nargs="+", choices=MODULES, default=list(MODULES))
     parser.add_argument("--only", default="", metavar="WORDS", help="shapes whose names hold these words")
+    parser.add_argument("--first", type=int, metavar="N", help="so many shapes of each kernel")
     parser.add_argument("--form", choices=["gpu", "xla"], default="gpu")
     parser.add_argument("--calls", type=int, default=16, help="in one program [%(default)s]")
     parser.add_argument("--no-check", action="store_true", help="without errors against the reference")
-    parser.add_argument("--copy-mib", type=int, default=4096, help="size of the copy [%(default)s]")
-    parser.add_argument("--matmul-width", type=int, default=8192, help="of the product [%(default)s]")
+    add_ceiling_flags(parser)
     return parser.parse_args()
 
 
@@ -221,14 +222,10 @@ def main() -> None:
     if arguments.form == "gpu" and jax.default_backend() != "gpu":
         raise SystemExit("There is no GPU here; --form xla times the reference forms.")
     ceilings = measure_ceilings(arguments.copy_mib << 20, arguments.matmul_width)
-    print(
-        f"A copy moves {ceilings.copy_bytes_per_s / 1e9:.0f} GB/s, a product of bf16 matrices does "
-        f"{ceilings.matmul_flops / 1e12:.1f} TFLOP/s.\n",
-        flush=True,
-    )
+    print(f"{ceilings}\n", flush=True)
     found = []
     for group in arguments.groups:
-        for case in list_cases(group, arguments.only):
+        for case in islice(list_cases(group, arguments.only), arguments.first):
             found.append(measure(case, arguments, ceilings))
             print(json.dumps(found[-1]), flush=True)  # a run that is cut short has told this much
     print()

@@ -2,12 +2,15 @@
 
     python scripts/bench_step.py --model-path benchmarks/shapes/qwen2.5-7b --rows 1 8 64 256
     python scripts/bench_step.py --model-path ... --quantization fp8 --rows 1 --context 4096 --prefill 8192
+    python scripts/bench_step.py --model-path ... --rows 1 64 --prefill --try-xla-flags
 
 Needs a config.json only: weights and cache hold random values that are made on the device. Each program is
 compiled, run until it is warm, then launched many times in a row, as the engine does it, and waited for at
 the end. A decode row attends to `--context` tokens whose pages lie scattered over the pool; a prefill is one
 chunk with nothing before it. The ceilings, a large copy and a large product of bf16 matrices, are measured in
-the same process. Prints a Markdown table; the last line is one JSON object.
+the same process. --try-xla-flags runs the rows again under each setting of jaxserve/runner/xla_flags.py that
+was not measured. Prints each program's figures as they come, then a Markdown table; the last line is one
+JSON object.
 
 Bytes counted: every weight but the embedding's unused rows, and K and V of the context, once a step. FLOPs:
 two a weight and token (the head's for one token a sequence), and four a query head, channel and attended
@@ -21,7 +24,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -31,6 +34,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_workload import describe_machine, print_table, show
+from device_rates import Ceilings, add_ceiling_flags, measure_ceilings, time_calls
 from flax import nnx
 
 from jaxserve.build import read_machine
@@ -41,13 +45,12 @@ from jaxserve.runner.batch import pack_step, slot_params
 from jaxserve.runner.buckets import Ladder, Shape
 from jaxserve.runner.device_state import DeviceState, PoolSize, kv_bytes_per_token
 from jaxserve.runner.programs import Programs
+from jaxserve.runner.xla_flags import chosen_options, untried_settings
 from jaxserve.scheduler.plan import DecodeRow, PrefillChunk
 from jaxserve.types import TokenParams
 from jaxserve.weights.loader import count_served_bytes, describe_params
 
 PAGE_SIZE = 64
-MOST_ROUND_S = 0.5  # of launches in a row, between two waits
-NUM_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,7 @@ class StepFigures:
     """Of one program. `launch_ms` is what the host spends on a launch while the device is busy."""
 
     shape: str
+    xla_flags: str  # besides those that are always chosen
     num_rows: int
     num_tokens: int
     context: int
@@ -66,40 +70,6 @@ class StepFigures:
     flops: float
     copy_share: float  # bytes a second, as a share of the copy's
     matmul_share: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ceilings:
-    copy_bytes_per_s: float  # read plus written
-    matmul_flops: float  # a second
-
-
-def measure_ceilings(copy_bytes: int, width: int) -> Ceilings:
-    """Of a copy on the device, and of a product of two square bf16 matrices of random values."""
-    x_N = jax.random.normal(jax.random.key(0), (copy_bytes // 2,), jnp.bfloat16)
-    copy_s = time_calls(jax.jit(jnp.copy), x_N)
-    del x_N
-    keys = jax.random.split(jax.random.key(1))
-    a_MK, b_KN = (jax.random.normal(key, (width, width), jnp.bfloat16) for key in keys)
-    matmul_s = time_calls(jax.jit(jnp.matmul), a_MK, b_KN)
-    return Ceilings(copy_bytes_per_s=2 * copy_bytes / copy_s, matmul_flops=2 * width**3 / matmul_s)
-
-
-def time_calls(call: Callable[..., Any], *arguments: Any) -> float:
-    """Median seconds of a call, of several rounds of calls in a row."""
-    for _ in range(3):
-        jax.block_until_ready(call(*arguments))
-    start_s = time.perf_counter()
-    jax.block_until_ready(call(*arguments))
-    count = max(1, min(50, int(MOST_ROUND_S / (time.perf_counter() - start_s))))
-    rounds = []
-    for _ in range(NUM_ROUNDS):
-        start_s = time.perf_counter()
-        for _ in range(count):
-            result = call(*arguments)
-        jax.block_until_ready(result)
-        rounds.append((time.perf_counter() - start_s) / count)
-    return statistics.median(rounds)
 
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
@@ -131,6 +101,7 @@ class StepBench:
             table_width=-(-longest // PAGE_SIZE),
         )
         self._context = arguments.context
+        self.tried_options: dict[str, str | int | bool] = {}  # XLA's, of the programs to come
         params = describe_params(self._specs, **self._precision)
         self.kernels = choose_kernels(self._describe_target())
         model = self._family.Model(self.cfg, params, self.kernels)
@@ -190,6 +161,7 @@ class StepBench:
         ceilings: Ceilings,
     ) -> StepFigures:
         start_s = time.perf_counter()
+        self._programs.xla_options = {**chosen_options(jax.default_backend()), **self.tried_options}
         self._programs.compile_one(shape)
         compile_s = time.perf_counter() - start_s
         program = self._programs.ready[shape]
@@ -207,6 +179,7 @@ class StepBench:
         num_bytes, flops = self.count_work(shape, context)
         return StepFigures(
             shape=str(shape),
+            xla_flags=" ".join(f"{name}={value}" for name, value in self.tried_options.items()),
             num_rows=shape.num_rows,
             num_tokens=shape.num_tokens,
             context=context,
@@ -248,38 +221,50 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--quantization", default="none", choices=["none", "int8", "fp8"])
     parser.add_argument("--kv-cache-dtype", default="bfloat16", choices=["float32", "bfloat16", "int8"])
-    parser.add_argument("--copy-mib", type=int, default=4096, help="size of the copy [%(default)s]")
-    parser.add_argument("--matmul-width", type=int, default=8192, help="of the product [%(default)s]")
+    parser.add_argument("--try-xla-flags", action="store_true", help="the rows again, under each of them")
+    add_ceiling_flags(parser)
     return parser.parse_args()
+
+
+def run_all(bench: StepBench, arguments: argparse.Namespace, ceilings: Ceilings) -> Iterator[StepFigures]:
+    for num_rows in arguments.rows:
+        yield bench.run_decode(num_rows, ceilings)
+    for num_tokens in arguments.prefill:
+        yield bench.run_prefill(num_tokens, ceilings)
+    for setting in untried_settings() if arguments.try_xla_flags else ():
+        bench.tried_options = setting.options
+        for num_rows in arguments.rows:
+            yield bench.run_decode(num_rows, ceilings)
+
+
+def print_figures(figures: list[StepFigures]) -> None:
+    heads = ["program", "context", "compile, s", "step, ms", "launch, ms", "tokens/s", "of copy", "of matmul"]
+    rows = [
+        [
+            f"{one.shape} {one.xla_flags}".strip(),
+            str(one.context),
+            show(one.compile_s, 1),
+            show(one.step_ms, 2),
+            show(one.launch_ms, 2),
+            show(one.tokens_per_s),
+            f"{one.copy_share:.0%}",
+            f"{one.matmul_share:.0%}",
+        ]
+        for one in figures
+    ]
+    print_table(heads, rows)
 
 
 def main() -> None:
     arguments = parse_arguments()
     ceilings = measure_ceilings(arguments.copy_mib << 20, arguments.matmul_width)
-    print(
-        f"A copy moves {ceilings.copy_bytes_per_s / 1e9:.0f} GB/s, a product of bf16 matrices does "
-        f"{ceilings.matmul_flops / 1e12:.1f} TFLOP/s.\n",
-        flush=True,
-    )
+    print(f"{ceilings}\n", flush=True)
     bench = StepBench(arguments)
-    figures = [bench.run_decode(num_rows, ceilings) for num_rows in arguments.rows]
-    figures += [bench.run_prefill(num_tokens, ceilings) for num_tokens in arguments.prefill]
-    print_table(
-        ["program", "context", "compile, s", "step, ms", "launch, ms", "tokens/s", "of copy", "of matmul"],
-        [
-            [
-                one.shape,
-                str(one.context),
-                show(one.compile_s, 1),
-                show(one.step_ms, 2),
-                show(one.launch_ms, 2),
-                show(one.tokens_per_s),
-                f"{one.copy_share:.0%}",
-                f"{one.matmul_share:.0%}",
-            ]
-            for one in figures
-        ],
-    )
+    figures = []
+    for one in run_all(bench, arguments, ceilings):
+        figures.append(one)
+        print(json.dumps(asdict(one)), flush=True)  # a run that is cut short has told this much
+    print_figures(figures)
     report = {
         "machine": {**describe_machine(["jax", "jaxlib"]), "device": jax.devices()[0].device_kind},
         "model": str(arguments.model_path),

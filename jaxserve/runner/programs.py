@@ -37,6 +37,7 @@ from jaxserve.runner.device_state import (
 from jaxserve.runner.forks import forks_shape, write_forks
 from jaxserve.runner.sampler import edit_logits, sample
 from jaxserve.runner.scores import score_prompts, score_sampled
+from jaxserve.runner.xla_flags import chosen_options
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 NUM_FIRST = 2  # programs that serving starts with: the ladder's first two, decode and prefill
@@ -99,6 +100,7 @@ class Programs:
         self._page_size = pool.page_size
         self._table_width = pool.table_width
         self.ladder = ladder
+        self.xla_options = chosen_options(jax.default_backend())  # that steps are compiled with
         self._first: list[Future[None]] = []
         self.ready: Mapping[Shape, Any] = {}  # replaced, never changed
         self.write_forks: Callable | None = None  # None until it is compiled
@@ -131,7 +133,7 @@ class Programs:
         packed = jax.ShapeDtypeStruct((packed_size(shape, self._table_width),), jnp.int32)
         step = jax.jit(partial(run_step, self._graphdef, shape, self._page_size), donate_argnums=1)
         lowered = step.lower(self._abstract_params, self._abstract_state, packed)
-        program = lowered.compile()
+        program = lowered.compile(compiler_options=self.xla_options)
         with self._lock:  # and a new dict: the step loop may be iterating over the old one
             self.ready = {**self.ready, shape: program}
         logger.info("compiled the step of %s in %.1f s", shape, time.perf_counter() - start_s)

@@ -1,0 +1,31 @@
+"""XLA's settings: nothing is chosen that was not measured, and the compiler knows every one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.runner.xla_flags import NOT_MEASURED, SETTINGS, XlaSetting, chosen_options
+from tests.kernels.h200 import compile_for_h200
+
+
+def test_only_what_was_measured_is_chosen():
+    assert [setting for setting in SETTINGS if setting.is_chosen and setting.measured == NOT_MEASURED] == []
+
+
+def test_a_setting_is_for_its_platform(monkeypatch):
+    setting = XlaSetting(platform="gpu", options={"a": 1}, why="", measured="once", is_chosen=True)
+    monkeypatch.setattr("jaxserve.runner.xla_flags.SETTINGS", (setting,))
+    assert (chosen_options("gpu"), chosen_options("cpu")) == ({"a": 1}, {})
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: next(iter(setting.options)))
+def test_the_compiler_for_an_h200_knows_it(setting):
+    report = compile_for_h200(lambda x: x @ x, jnp.ones((64, 64)), compiler_options=setting.options)
+    assert report.hlo
+
+
+def test_an_option_that_xla_does_not_know_is_refused():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x, compiler_options={"xla_gpu_no_such_flag": 1}).lower(1.0).compile()
