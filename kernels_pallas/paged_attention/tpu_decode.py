@@ -1,0 +1,364 @@
+"""Paged decode attention on a TPU, in Pallas; `ref.paged_decode` is its specification.
+
+A core walks the items of its rows (tpu_plan.py) in trips of several, of one row or of many, so that the
+copies of a trip and the products of its items and heads overlap. Each item yields a partial softmax for each
+unit of KV heads; those are merged, item by item, into the state of the row that is under way, which leaves
+with its last item. Nothing is asked of a row's length, nor of the number of rows and pages.
+
+Letters beside the usual ones: U units of KV heads, A chunks of a unit, L = 128 lanes, M query rows of a unit,
+padded to a multiple of 8: token by token, and of a token head by head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxserve.kernels_pallas.kv_pages import LANES, KVPages, PagesLayout
+from jaxserve.kernels_pallas.paged_attention.tpu_block import (
+    MASKED,
+    Partial,
+    attend_unit,
+    find_live,
+    load_units,
+    merge,
+    see,
+)
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
+    ANOTHER_CHIP,
+    END_BLOCK,
+    FIRST_BLOCK,
+    KV_LEN,
+    MAX_UNROLLED,
+    POSITION,
+    RUN,
+    VMEM_LIMIT_BYTES,
+    Blocks,
+    Chip,
+    choose_decode_blocks,
+    list_tiles,
+    pad_sublanes,
+    pad_table,
+)
+from jaxserve.kernels_pallas.paged_attention.tpu_queries import from_units, to_units
+from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
+    NO_TILE,
+    PLACES,
+    Stream,
+    StreamShape,
+    read_item,
+    run_trips,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeShape:
+    stream: StreamShape
+    heads_per_unit: int  # query heads
+    window: int | None
+    soft_cap: float | None
+
+    @property
+    def layout(self) -> PagesLayout:
+        return self.stream.layout
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.stream.blocks
+
+    @property
+    def query_rows(self) -> int:
+        """M."""
+        return pad_sublanes(self.blocks.tile_tokens * self.heads_per_unit)
+
+    @property
+    def units_at_once(self) -> int:
+        """Units whose instructions may overlap: a divisor of all, and whole rows of words."""
+        num_units = self.layout.num_units
+        for count in range(max(MAX_UNROLLED // self.blocks.num_items, 1), 1, -1):
+            is_whole = count * self.layout.chunks_per_unit % self.layout.chunks_per_row == 0
+            if num_units % count == 0 and (is_whole or count == num_units):
+                return count
+        return 1 if self.layout.chunks_per_unit >= self.layout.chunks_per_row else num_units
+
+    @property
+    def out_places(self) -> int:
+        return 2 * self.blocks.num_items
+
+
+def paged_decode(
+    q_RNH: jax.Array,
+    kv: KVPages,
+    table_XW: jax.Array,
+    slot_R: jax.Array,
+    kv_len_R: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
+    tokens_per_row: int = 1,
+    chip: Chip = ANOTHER_CHIP,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """`ref.paged_decode` of a pool of KVPages: [R, N, H] float32.
+
+    Queries and probabilities are rounded to bf16. `chip` is what sizes are chosen for, `blocks` are sizes
+    for tests and for tuning; `interpret` takes what `pallas_call` does.
+    """
+    layout, page_size = kv.layout, kv.words_PSJL.shape[1]
+    num_rows, num_heads = q_RNH.shape[0] // tokens_per_row, q_RNH.shape[1]
+    shape = DecodeShape(
+        stream=StreamShape(
+            layout=layout,
+            blocks=blocks or choose_decode_blocks(layout, page_size, tokens_per_row, chip),
+            page_size=page_size,
+        ),
+        heads_per_unit=layout.heads_per_unit * (num_heads // layout.num_kv_heads),
+        window=window,
+        soft_cap=soft_cap,
+    )
+    kv_len_RQ = kv_len_R.reshape(num_rows, tokens_per_row)
+    tiles = list_tiles(
+        jnp.arange(num_rows, dtype=jnp.int32) * tokens_per_row,
+        jnp.sum(kv_len_RQ > 0, axis=1, dtype=jnp.int32),
+        jnp.max(kv_len_RQ, axis=1),
+        max_tiles=num_rows,
+        blocks=shape.blocks,
+        window=window,
+    )
+    table_R1W = pad_table(table_XW[slot_R[::tokens_per_row]])
+    q_TUYAL = to_units(q_RNH * jnp.asarray(scale, q_RNH.dtype), layout)
+    operands = (_gather_rows(q_TUYAL, shape), _spread_sinks(sinks_N, shape), table_R1W)
+    out_RUAML = _launch(shape, tiles, *operands, kv, interpret)
+    out_TUYAL = _scatter_rows(out_RUAML, shape)
+    out_RNH = from_units(out_TUYAL, num_heads, layout)
+    return jnp.where((kv_len_R > 0)[:, None, None], out_RNH, 0.0)
+
+
+def _gather_rows(q_TUYAL: jax.Array, shape: DecodeShape) -> jax.Array:
+    """[R, U, A, M, L]"""
+    tokens = shape.blocks.tile_tokens
+    q_RQUYAL = q_TUYAL.reshape(-1, tokens, *q_TUYAL.shape[1:])
+    q_RUAQYL = q_RQUYAL.transpose(0, 2, 4, 1, 3, 5)
+    q_RUAML = q_RUAQYL.reshape(*q_RUAQYL.shape[:3], -1, LANES)
+    padding = shape.query_rows - q_RUAML.shape[3]
+    return jnp.pad(q_RUAML, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
+
+
+def _scatter_rows(out_RUAML: jax.Array, shape: DecodeShape) -> jax.Array:
+    """What `_gather_rows` did, undone."""
+    tokens, heads = shape.blocks.tile_tokens, shape.heads_per_unit
+    out_RUAQYL = out_RUAML[:, :, :, : tokens * heads].reshape(*out_RUAML.shape[:3], tokens, heads, LANES)
+    out_RQUYAL = out_RUAQYL.transpose(0, 3, 1, 4, 2, 5)
+    return out_RQUYAL.reshape(-1, *out_RQUYAL.shape[2:])
+
+
+def _spread_sinks(sinks_N: jax.Array | None, shape: DecodeShape) -> jax.Array:
+    """The score that each query's softmax begins with: of its sink, or of nothing, [U, M, L]."""
+    num_units, rows = shape.layout.num_units, shape.query_rows
+    if sinks_N is None:
+        return jnp.full((num_units, rows, LANES), MASKED, jnp.float32)
+    num_heads = num_units * shape.heads_per_unit
+    sinks_N = jnp.pad(sinks_N.astype(jnp.float32), (0, num_heads - len(sinks_N)))
+    sinks_UM = jnp.tile(sinks_N.reshape(num_units, -1), (1, shape.blocks.tile_tokens))
+    sinks_UM = jnp.pad(sinks_UM, ((0, 0), (0, rows - sinks_UM.shape[1])))
+    return jnp.broadcast_to(sinks_UM[:, :, None], (num_units, rows, LANES))
+
+
+def _launch(shape: DecodeShape, tiles, q_RUAML, sinks_UML, table_R1W, kv: KVPages, interpret) -> jax.Array:
+    pools = [pool for pool in (kv.words_PSJL, kv.scales_PSJL) if pool is not None]
+    pools = [pool.reshape(pool.shape[0], -1, LANES) for pool in pools]  # no copy: rows of 128 lie in order
+    unit_shape = q_RUAML.shape[1:]
+    state_shape = (shape.layout.num_units, shape.query_rows, LANES)
+    scratch = {
+        **shape.stream.list_scratch(),
+        "queries": pltpu.VMEM((PLACES, shape.blocks.num_items, *unit_shape), jnp.float32),
+        "largest": pltpu.VMEM(state_shape, jnp.float32),
+        "sums": pltpu.VMEM(state_shape, jnp.float32),
+        "outputs": pltpu.VMEM(unit_shape, jnp.float32),
+        "leaving": pltpu.VMEM((shape.out_places, *unit_shape), jnp.float32),
+        "left": pltpu.SemaphoreType.DMA((shape.out_places,)),
+    }
+
+    def body(tiles_FL, cores_2C, q_RUAML, sinks_UML, table_R1W, *refs):
+        pool_refs, (out_RUAML, *scratch_refs) = refs[: len(pools)], refs[len(pools) :]
+        own = dict(zip(scratch, scratch_refs, strict=True))
+        stream = Stream(
+            tiles_FL,
+            cores_2C,
+            table_R1W,
+            *(*pool_refs, None)[:2],
+            **{name: own.pop(name, None) for name in Stream._fields[5:]},
+        )
+        _Core(shape, stream, q_RUAML, sinks_UML, out_RUAML, **own).run()
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(shape.blocks.num_cores,),
+            in_specs=[
+                anywhere,
+                pl.BlockSpec(memory_space=pltpu.VMEM),
+                *[anywhere] * (1 + len(pools)),
+            ],
+            out_specs=anywhere,
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=jax.ShapeDtypeStruct(q_RUAML.shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        ),
+        name="paged_decode",
+        interpret=interpret,
+    )(*tiles, q_RUAML, sinks_UML, table_R1W, *pools)
+
+
+@dataclass(frozen=True, slots=True)
+class _Item:
+    tile: jax.Array
+    block: jax.Array
+    is_first: jax.Array  # of its row
+    is_last: jax.Array
+    out_place: jax.Array
+    num_before: jax.Array  # rows that this core finished before
+
+
+@dataclass(frozen=True, slots=True)
+class _Core:
+    """The references of the kernel, and what one core does with them."""
+
+    shape: DecodeShape
+    stream: Stream
+    q_RUAML: Any
+    sinks_UML: Any
+    out_RUAML: Any
+    queries: Any
+    largest: Any
+    sums: Any
+    outputs: Any
+    leaving: Any
+    left: Any
+
+    def run(self) -> None:
+        num_rows = run_trips(
+            self.stream, self.shape.stream, self._copy_queries, self._attend_trip, jnp.int32(0)
+        )
+        for place in range(self.shape.out_places):
+
+            @pl.when(num_rows > place)
+            def _(place=place):
+                self._copy_out(0, place).wait()
+
+    def _copy_queries(self, tile, block, place, index: int):
+        row = self.stream.tiles_FL[RUN, tile]
+        target = self.queries.at[place, index]
+        copy = pltpu.make_async_copy(self.q_RUAML.at[row], target, self.stream.arrived.at[place, index])
+        return block >= 0, copy
+
+    def _copy_out(self, row, place):
+        return pltpu.make_async_copy(self.leaving.at[place], self.out_RUAML.at[row], self.left.at[place])
+
+    def _attend_trip(self, trip, num_rows):
+        items, num_rows = self._list_items(trip, num_rows)
+        units_at_once = self.shape.units_at_once
+        for item in items:
+
+            @pl.when(item.is_last & (item.num_before >= self.shape.out_places))
+            def _(item=item):
+                self._copy_out(0, item.out_place).wait()
+
+        if units_at_once == self.shape.layout.num_units:
+            self._attend_units(trip, items, 0)
+        else:
+            num_times = self.shape.layout.num_units // units_at_once
+            jax.lax.fori_loop(
+                0, num_times, lambda i, _: self._attend_units(trip, items, i * units_at_once), None
+            )
+        for item in items:
+
+            @pl.when(item.is_last)
+            def _(item=item):
+                self._copy_out(self.stream.tiles_FL[RUN, item.tile], item.out_place).start()
+
+        return num_rows
+
+    def _list_items(self, trip, num_rows) -> tuple[list[_Item], jax.Array]:
+        items = []
+        for index in range(self.shape.blocks.num_items):
+            tile, block = read_item(self.stream, self.shape.stream, trip, index)
+            is_there, known = tile != NO_TILE, jnp.maximum(tile, 0)
+            is_last = is_there & (block + 1 == self.stream.tiles_FL[END_BLOCK, known])
+            is_first = is_there & (block == self.stream.tiles_FL[FIRST_BLOCK, known])
+            out_place = num_rows % self.shape.out_places
+            items.append(_Item(known, block, is_first, is_last, out_place, num_rows))
+            num_rows = num_rows + is_last.astype(jnp.int32)
+        return items, num_rows
+
+    def _attend_units(self, trip, items: list[_Item], first_unit) -> None:
+        """All partials, so that they overlap, then the merging, which must follow the order of the items."""
+        partials = [self._attend_item(trip, item, i, first_unit) for i, item in enumerate(items)]
+        for item, of_units in zip(items, partials, strict=True):
+            for i, partial in enumerate(of_units):
+                self._merge_unit(item, first_unit + i, partial)
+
+    def _attend_item(self, trip, item: _Item, index: int, first_unit) -> list[Partial]:
+        shape, blocks, place = self.shape, self.shape.blocks, trip % PLACES
+        first_token = item.block * blocks.block_tokens
+        position = self.stream.tiles_FL[POSITION, item.tile]
+        kv_len = self.stream.tiles_FL[KV_LEN, item.tile]
+        live_B1 = find_live(kv_len, position, first_token, blocks.block_tokens, shape.window)
+        row_M1 = jax.lax.broadcasted_iota(jnp.int32, (shape.query_rows, 1), 0)
+        ahead_M1 = sum(
+            (row_M1 >= token * shape.heads_per_unit).astype(jnp.int32)
+            for token in range(1, blocks.tile_tokens)
+        )
+        is_seen_MB = see(position + ahead_M1 + row_M1 * 0, first_token, blocks.block_tokens, shape.window)
+        scales = self.stream.scales
+        units = load_units(
+            self.stream.words.at[place, index],
+            None if scales is None else scales.at[place, index],
+            first_unit,
+            shape.units_at_once,
+            live_B1,
+            shape.layout,
+        )
+        partials = []
+        for i, kv_BL in enumerate(units):
+            q_ML = [
+                self.queries[place, index, first_unit + i, chunk].astype(jnp.bfloat16)
+                for chunk in range(shape.layout.chunks_per_unit)
+            ]
+            partials.append(attend_unit(q_ML, kv_BL, is_seen_MB, shape.soft_cap))
+        return partials
+
+    def _merge_unit(self, item: _Item, unit, partial: Partial) -> None:
+        """Into the state, which begins with the first item, and leaves with the last."""
+        chunks = range(self.shape.layout.chunks_per_unit)
+        sink_M1 = self.sinks_UML[unit, :, :1]
+        state = Partial(
+            jnp.where(item.is_first, sink_M1, self.largest[unit, :, :1]),
+            jnp.where(item.is_first, (sink_M1 > MASKED).astype(jnp.float32), self.sums[unit, :, :1]),
+            [jnp.where(item.is_first, 0.0, self.outputs[unit, chunk]) for chunk in chunks],
+        )
+        state = merge(state, partial)
+        row_shape = self.largest.shape[1:]
+        self.largest[unit] = jnp.broadcast_to(state.max_M1, row_shape)
+        self.sums[unit] = jnp.broadcast_to(state.sum_M1, row_shape)
+        for chunk in chunks:
+            self.outputs[unit, chunk] = state.out_ML[chunk]
+
+        @pl.when(item.is_last)
+        def _():
+            for chunk in chunks:
+                self.leaving[item.out_place, unit, chunk] = state.out_ML[chunk] / jnp.maximum(
+                    state.sum_M1, 1e-30
+                )

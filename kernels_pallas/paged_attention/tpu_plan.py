@@ -1,0 +1,183 @@
+"""What the TPU's attention can run, its work as a list of tiles, and the sizes of its blocks. Plain XLA.
+
+A tile is up to I query tokens of one run (a decode row is a run of one token, or of its drafts). It is
+attended to in items: blocks of B tokens of K and V. The kernels walk the items tile by tile, and where a chip
+has two cores each walks its half of them, from a tile on. The list depends on no layer, so that XLA computes
+it once a step for all of them. Two rows of 300 and 100 tokens between padding, blocks of 128:
+
+    run        0   1          2   3
+    tile           0          1                padding is no tile
+    item           0  1  2    3
+
+Sizes come from a model of the chip: so many bytes must be under way as arrive during the latency of a copy,
+and a tile of a prefill must have so many rows that products take longer than copies. None of it was ever
+timed on a TPU. Knows nothing of how a block is attended to.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.kernels_pallas.kv_pages import LANES, SUBLANES, PagesLayout
+
+HEAD_DIMS = (64, 128, 256)
+KV_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
+PAGE_SIZES = (16, 32, 64, 128, 256, 512)
+COPY_LATENCY_S = 2e-6  # of a copy from HBM, with the time to issue those of a trip: a guess
+MAX_BLOCK_TOKENS = 512
+MAX_ITEMS = 8  # of a trip
+MAX_UNROLLED = 16  # pairs of an item and a unit of heads whose instructions may overlap
+PREFILL_BLOCK_TOKENS = 256
+PREFILL_PRODUCT_ROWS = 256  # of queries, in one product
+PREFILL_BUFFER_BYTES = 24 << 20
+VMEM_LIMIT_BYTES = 48 << 20  # the smallest of the chips has 64 MiB
+
+# Rows of `tiles_FL`. RUN: of the tile, whose row of the table it reads; TOKEN, POSITION: of its first query,
+# in the step and in its sequence; LIVE: its queries; KV_LEN: tokens that the last one sees; and the blocks.
+RUN, TOKEN, POSITION, LIVE, KV_LEN, FIRST_BLOCK, END_BLOCK = range(7)
+FIRST_TILE, NUM_ITEMS = range(2)  # rows of `cores_2C`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chip:
+    """What the sizes of blocks depend on: public figures, of one core."""
+
+    bytes_per_s: float
+    flops_per_s: float  # bf16
+    num_cores: int = 1  # that share one JAX device
+
+
+CHIPS = {
+    "TPU v4": Chip(bytes_per_s=1.2e12, flops_per_s=275e12),
+    "TPU v5 lite": Chip(bytes_per_s=0.82e12, flops_per_s=197e12),
+    "TPU v5": Chip(bytes_per_s=1.38e12, flops_per_s=230e12, num_cores=2),  # v5p
+    "TPU v6 lite": Chip(bytes_per_s=1.64e12, flops_per_s=918e12),
+    "TPU7x": Chip(bytes_per_s=3.7e12, flops_per_s=1153e12),
+}
+ANOTHER_CHIP = Chip(bytes_per_s=1.6e12, flops_per_s=900e12)
+
+
+def find_limit(head_dim: int, page_size: int, kv_dtype: str) -> str:
+    """Why the TPU's kernels do not serve such a pool; empty if they do."""
+    if head_dim not in HEAD_DIMS:
+        return f"the TPU's kernels want heads of {_list(HEAD_DIMS)}, not {head_dim}"
+    if page_size not in PAGE_SIZES:
+        return f"the TPU's kernels want pages of {_list(PAGE_SIZES)} tokens, not {page_size}"
+    if kv_dtype not in KV_DTYPES:
+        return f"the TPU's kernels want pools of {_list(KV_DTYPES)}, not {kv_dtype}"
+    return ""
+
+
+def _list(choices: tuple[int | str, ...]) -> str:
+    return ", ".join(map(str, choices))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """How the work is cut. Block tokens are a power of two, and whole pages."""
+
+    block_tokens: int  # B
+    num_items: int  # of a trip, whose copies are under way together: E
+    tile_tokens: int  # I
+    num_cores: int
+
+
+def choose_decode_blocks(layout: PagesLayout, page_size: int, tokens_per_row: int, chip: Chip) -> Blocks:
+    """Blocks and items of a trip, so that its copies hide their latency and its products each other's."""
+    trip_bytes = chip.bytes_per_s * COPY_LATENCY_S
+    token_bytes = (layout.num_rows + layout.num_scale_rows) * LANES * 4
+    block_tokens = MAX_BLOCK_TOKENS
+    while block_tokens > max(LANES, page_size) and block_tokens * token_bytes > trip_bytes:
+        block_tokens //= 2
+    num_items = math.ceil(trip_bytes / (block_tokens * token_bytes))
+    num_items = min(1 << (num_items - 1).bit_length(), MAX_ITEMS)
+    return Blocks(
+        block_tokens=block_tokens,
+        num_items=num_items,
+        tile_tokens=tokens_per_row,
+        num_cores=chip.num_cores,
+    )
+
+
+def choose_prefill_blocks(
+    layout: PagesLayout, page_size: int, num_tokens: int, rows_per_token: int, chip: Chip
+) -> Blocks:
+    """Tiles whose products take twice as long as the copies of K and V, if their buffers fit.
+
+    `rows_per_token` are those of 128 numbers that the queries of a token take.
+    """
+    rows_per_unit = rows_per_token / layout.num_units
+    # Of a row of queries and a token of K and V: 512 flops for each chunk, and a row of words is copied once.
+    rows = 2 * chip.flops_per_s / chip.bytes_per_s * layout.num_rows / layout.num_chunks
+    tile_tokens = 1 << math.ceil(math.log2(max(rows / rows_per_unit, 1)))
+    row_bytes = LANES * (4 + 4 + 2 + 4 + 4 + 4 + 4)  # q twice, q as an operand, maximum, sum, output twice
+    while tile_tokens > 16 and tile_tokens * rows_per_token * row_bytes > PREFILL_BUFFER_BYTES:
+        tile_tokens //= 2
+    most = 1 << (num_tokens - 1).bit_length()
+    return Blocks(
+        block_tokens=max(PREFILL_BLOCK_TOKENS, page_size),
+        num_items=1,
+        tile_tokens=max(min(tile_tokens, most, 256), 16),
+        num_cores=chip.num_cores,
+    )
+
+
+class TileList(NamedTuple):
+    """L tiles, int32, those of each of C cores behind those of the one before."""
+
+    tiles_FL: jax.Array
+    cores_2C: jax.Array
+
+
+def list_tiles(
+    token_C: jax.Array,
+    len_C: jax.Array,
+    kv_len_C: jax.Array,
+    *,
+    max_tiles: int,
+    blocks: Blocks,
+    window: int | None,
+) -> TileList:
+    """The tiles of runs `token_C[c] + [0, len_C[c])`, of which the last token sees `kv_len_C[c]`."""
+    tile_tokens, block_tokens = blocks.tile_tokens, blocks.block_tokens
+    tiles_C = (len_C + tile_tokens - 1) // tile_tokens
+    end_C = jnp.cumsum(tiles_C)
+    index_L = jnp.arange(max_tiles, dtype=jnp.int32)
+    run_L = jnp.sum(index_L[:, None] >= end_C[None, :], axis=1, dtype=jnp.int32)
+    run_L = jnp.minimum(run_L, len(end_C) - 1)
+    offset_L = (index_L - (end_C - tiles_C)[run_L]) * tile_tokens
+    live_L = jnp.minimum(len_C[run_L] - offset_L, tile_tokens)
+    position_L = kv_len_C[run_L] - len_C[run_L] + offset_L
+    first_L = jnp.zeros_like(position_L)
+    if window is not None:
+        first_L = jnp.maximum(position_L + 1 - window, 0) // block_tokens
+    end_L = (position_L + live_L + block_tokens - 1) // block_tokens
+    fields = [run_L, token_C[run_L] + offset_L, position_L, live_L, position_L + live_L, first_L, end_L]
+
+    blocks_L = jnp.where(index_L < end_C[-1], end_L - first_L, 0)
+    done_L = jnp.cumsum(blocks_L)
+    before_M = jnp.append(done_L - blocks_L, done_L[-1])  # items before each tile, and all of them
+    share = -(-done_L[-1] // blocks.num_cores)
+    mark_C1 = (share * jnp.arange(blocks.num_cores + 1, dtype=jnp.int32))[:, None]
+    first_tile_C = jnp.sum(before_M[None, :-1] < mark_C1, axis=1, dtype=jnp.int32)
+    num_items_C = before_M[first_tile_C[1:]] - before_M[first_tile_C[:-1]]
+    first_tile_C = jnp.minimum(first_tile_C[:-1], max_tiles - 1)
+    return TileList(
+        tiles_FL=jnp.stack(fields).astype(jnp.int32),
+        cores_2C=jnp.stack([first_tile_C, num_items_C]).astype(jnp.int32),
+    )
+
+
+def pad_table(table_RW: jax.Array) -> jax.Array:
+    """A table whose rows can be copied in pieces of 128 page ids: [R, 1, W]."""
+    padding = -table_RW.shape[1] % LANES
+    return jnp.pad(table_RW, ((0, 0), (0, padding)))[:, None, :]
+
+
+def pad_sublanes(num_rows: int) -> int:
+    return math.ceil(num_rows / SUBLANES) * SUBLANES

@@ -1,0 +1,377 @@
+"""Paged prefill attention on a TPU, in Pallas; `ref.paged_prefill` is its specification.
+
+A core walks the items of its tiles (tpu_plan.py) one by one, while the next block arrives. With the first
+block of a tile its queries are rounded to bf16 and put in order, head by head; each block then goes through
+the units of KV heads, and for each through the queries in pieces whose scores the core can hold. The last
+block of a tile divides, and the live tokens leave: in pieces of powers of two, as copies have fixed sizes.
+
+    I = 8, 5 tokens live       | 4 tokens | 1 |        two copies, chosen by the bits of 5
+
+Letters beside the usual ones: I tokens of a tile, Y rows of a token (query heads and their chunks, padded),
+U units of KV heads, A chunks of a unit, L = 128 lanes, M = heads of a unit * I rows, B tokens of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxserve.kernels_pallas.kv_pages import LANES, KVPages, PagesLayout
+from jaxserve.kernels_pallas.paged_attention.tpu_block import (
+    MASKED,
+    Partial,
+    attend_unit,
+    find_live,
+    load_units,
+    merge,
+    see,
+)
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
+    ANOTHER_CHIP,
+    END_BLOCK,
+    FIRST_BLOCK,
+    KV_LEN,
+    LIVE,
+    POSITION,
+    PREFILL_PRODUCT_ROWS,
+    TOKEN,
+    VMEM_LIMIT_BYTES,
+    Blocks,
+    Chip,
+    choose_prefill_blocks,
+    list_tiles,
+    pad_sublanes,
+    pad_table,
+)
+from jaxserve.kernels_pallas.paged_attention.tpu_queries import from_units, to_units
+from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
+    PLACES,
+    Stream,
+    StreamShape,
+    read_item,
+    run_trips,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillShape:
+    stream: StreamShape
+    heads_per_unit: int  # query heads
+    window: int | None
+    soft_cap: float | None
+
+    @property
+    def layout(self) -> PagesLayout:
+        return self.stream.layout
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.stream.blocks
+
+    @property
+    def token_rows(self) -> int:
+        """Y: rows of 128 that the queries of a token take."""
+        return pad_sublanes(self.layout.num_chunks * self.heads_per_unit)
+
+    @property
+    def query_rows(self) -> int:
+        """M."""
+        return self.heads_per_unit * self.blocks.tile_tokens
+
+    @property
+    def heads_at_once(self) -> int:
+        """Query heads whose rows go into one product: a divisor of those of a unit."""
+        most = max(PREFILL_PRODUCT_ROWS // self.blocks.tile_tokens, 1)
+        return max(count for count in range(1, most + 1) if self.heads_per_unit % count == 0)
+
+    @property
+    def units_at_once(self) -> int:
+        """Units whose words are read together, since they share rows."""
+        together = max(self.layout.chunks_per_row // self.layout.chunks_per_unit, 1)
+        return together if self.layout.num_units % together == 0 else self.layout.num_units
+
+
+def paged_prefill(
+    q_TNH: jax.Array,
+    kv: KVPages,
+    table_XW: jax.Array,
+    slot_C: jax.Array,
+    token_C: jax.Array,
+    len_C: jax.Array,
+    kv_len_C: jax.Array,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_N: jax.Array | None = None,
+    chip: Chip = ANOTHER_CHIP,
+    blocks: Blocks | None = None,
+    interpret: Any = False,
+) -> jax.Array:
+    """`ref.paged_prefill` of a pool of KVPages: [T, N, H] float32.
+
+    Queries and probabilities are rounded to bf16. `chip` is what sizes are chosen for, `blocks` are sizes
+    for tests and for tuning; `interpret` takes what `pallas_call` does.
+    """
+    layout, page_size = kv.layout, kv.words_PSJL.shape[1]
+    num_tokens, num_heads = q_TNH.shape[:2]
+    heads_per_unit = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
+    if blocks is None:
+        rows_per_token = pad_sublanes(layout.num_chunks * heads_per_unit)
+        blocks = choose_prefill_blocks(layout, page_size, num_tokens, rows_per_token, chip)
+    shape = PrefillShape(
+        stream=StreamShape(layout=layout, blocks=blocks, page_size=page_size),
+        heads_per_unit=heads_per_unit,
+        window=window,
+        soft_cap=soft_cap,
+    )
+    tiles = list_tiles(
+        token_C,
+        len_C,
+        kv_len_C,
+        max_tiles=num_tokens // blocks.tile_tokens + len(len_C),
+        blocks=blocks,
+        window=window,
+    )
+    q_TUYAL = to_units(q_TNH * jnp.asarray(scale, q_TNH.dtype), layout)
+    q_ZL = _list_rows(q_TUYAL, shape)
+    out_ZL = _launch(
+        shape, tiles, q_ZL, _spread_sinks(sinks_N, shape), pad_table(table_XW[slot_C]), kv, interpret
+    )
+    out_TYL = out_ZL.reshape(-1, shape.token_rows, LANES)[:num_tokens]
+    out_TUYAL = out_TYL[:, : layout.num_chunks * heads_per_unit].reshape(q_TUYAL.shape)
+    out_TNH = from_units(out_TUYAL, num_heads, layout)
+    token_T1 = jnp.arange(num_tokens)[:, None]
+    is_live_T = jnp.any((token_T1 >= token_C) & (token_T1 < token_C + len_C), axis=1)
+    return jnp.where(is_live_T[:, None, None], out_TNH, 0.0)
+
+
+def _list_rows(q_TUYAL: jax.Array, shape: PrefillShape) -> jax.Array:
+    """The rows of tokens one behind the other, and those of one more tile, so that each is whole."""
+    num_tokens = len(q_TUYAL)
+    q_TYL = q_TUYAL.reshape(num_tokens, -1, LANES)
+    padding = ((0, shape.blocks.tile_tokens), (0, shape.token_rows - q_TYL.shape[1]), (0, 0))
+    return jnp.pad(q_TYL, padding).reshape(-1, LANES)
+
+
+def _spread_sinks(sinks_N: jax.Array | None, shape: PrefillShape) -> jax.Array:
+    """The score that each query's softmax begins with: of its sink, or of nothing, [U, heads of it, 1, L]."""
+    num_units, heads = shape.layout.num_units, shape.heads_per_unit
+    if sinks_N is None:
+        return jnp.full((num_units, heads, 1, LANES), MASKED, jnp.float32)
+    sinks_N = jnp.pad(sinks_N.astype(jnp.float32), (0, num_units * heads - len(sinks_N)))
+    return jnp.broadcast_to(sinks_N.reshape(num_units, heads, 1, 1), (num_units, heads, 1, LANES))
+
+
+def _launch(shape: PrefillShape, tiles, q_ZL, sinks_UY1L, table_R1W, kv: KVPages, interpret) -> jax.Array:
+    pools = [pool for pool in (kv.words_PSJL, kv.scales_PSJL) if pool is not None]
+    pools = [pool.reshape(pool.shape[0], -1, LANES) for pool in pools]  # no copy: rows of 128 lie in order
+    num_units, num_chunks = shape.layout.num_units, shape.layout.chunks_per_unit
+    tile_rows = shape.blocks.tile_tokens * shape.token_rows
+    block_shape = (shape.units_at_once, num_chunks, shape.blocks.block_tokens, LANES)
+    scratch = {
+        **shape.stream.list_scratch(),
+        "queries": pltpu.VMEM((PLACES, tile_rows, LANES), jnp.float32),
+        "operands": pltpu.VMEM((num_units, num_chunks, shape.query_rows, LANES), jnp.bfloat16),
+        "keys": pltpu.VMEM(block_shape, jnp.bfloat16),
+        "values": pltpu.VMEM(block_shape, jnp.bfloat16),
+        "largest": pltpu.VMEM((num_units, shape.query_rows, LANES), jnp.float32),
+        "sums": pltpu.VMEM((num_units, shape.query_rows, LANES), jnp.float32),
+        "outputs": pltpu.VMEM((num_units, num_chunks, shape.query_rows, LANES), jnp.float32),
+        "leaving": pltpu.VMEM((tile_rows, LANES), jnp.float32),
+        "left": pltpu.SemaphoreType.DMA,
+    }
+
+    def body(tiles_FL, cores_2C, q_ZL, sinks_UY1L, table_R1W, *refs):
+        pool_refs, (out_ZL, *scratch_refs) = refs[: len(pools)], refs[len(pools) :]
+        own = dict(zip(scratch, scratch_refs, strict=True))
+        stream = Stream(
+            tiles_FL,
+            cores_2C,
+            table_R1W,
+            *(*pool_refs, None)[:2],
+            **{name: own.pop(name, None) for name in Stream._fields[5:]},
+        )
+        _Core(shape, stream, q_ZL, sinks_UY1L, out_ZL, **own).run()
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(shape.blocks.num_cores,),
+            in_specs=[anywhere, pl.BlockSpec(memory_space=pltpu.VMEM), *[anywhere] * (1 + len(pools))],
+            out_specs=anywhere,
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=jax.ShapeDtypeStruct(q_ZL.shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES
+        ),
+        name="paged_prefill",
+        interpret=interpret,
+    )(*tiles, q_ZL, sinks_UY1L, table_R1W, *pools)
+
+
+@dataclass(frozen=True, slots=True)
+class _Core:
+    """The references of the kernel, and what one core does with them."""
+
+    shape: PrefillShape
+    stream: Stream
+    q_ZL: Any
+    sinks_UY1L: Any
+    out_ZL: Any
+    queries: Any
+    operands: Any
+    keys: Any
+    values: Any
+    largest: Any
+    sums: Any
+    outputs: Any
+    leaving: Any
+    left: Any
+
+    def run(self) -> None:
+        """The carry is the last tile that left, or -1."""
+        last = run_trips(self.stream, self.shape.stream, self._copy_queries, self._attend_trip, jnp.int32(-1))
+        self._copy_out(last, lambda copy: copy.wait())
+
+    def _copy_queries(self, tile, block, place, index: int):
+        """With the first block of a tile."""
+        token_rows, tile_rows = self.shape.token_rows, self.queries.shape[1]
+        first = pl.multiple_of(self.stream.tiles_FL[TOKEN, tile] * token_rows, 8)
+        copy = pltpu.make_async_copy(
+            self.q_ZL.at[pl.ds(first, tile_rows)],
+            self.queries.at[tile % PLACES],
+            self.stream.arrived.at[place, index],
+        )
+        return block == self.stream.tiles_FL[FIRST_BLOCK, tile], copy
+
+    def _copy_out(self, tile, act) -> None:
+        """`act` on each copy that takes live tokens of a tile away."""
+        token_rows, known = self.shape.token_rows, jnp.maximum(tile, 0)
+        num_live = jnp.where(tile >= 0, self.stream.tiles_FL[LIVE, known], 0)
+        token = self.stream.tiles_FL[TOKEN, known]
+        length = self.shape.blocks.tile_tokens
+        while length:
+            offset = num_live & -(2 * length)
+
+            @pl.when((num_live & length) != 0)
+            def _(length=length, offset=offset):
+                source = pl.ds(pl.multiple_of(offset * token_rows, 8), length * token_rows)
+                target = pl.ds(pl.multiple_of((token + offset) * token_rows, 8), length * token_rows)
+                act(pltpu.make_async_copy(self.leaving.at[source], self.out_ZL.at[target], self.left))
+
+            length //= 2
+
+    def _attend_trip(self, trip, last):
+        tile, block = read_item(self.stream, self.shape.stream, trip, 0)
+
+        @pl.when(block == self.stream.tiles_FL[FIRST_BLOCK, tile])
+        def _():
+            self._start_tile(tile)
+
+        num_units, units_at_once = self.shape.layout.num_units, self.shape.units_at_once
+        jax.lax.fori_loop(
+            0,
+            num_units // units_at_once,
+            lambda i, _: self._attend_units(trip, tile, block, i * units_at_once),
+            None,
+        )
+        is_last = block + 1 == self.stream.tiles_FL[END_BLOCK, tile]
+
+        @pl.when(is_last)
+        def _():
+            self._copy_out(last, lambda copy: copy.wait())
+            jax.lax.fori_loop(0, num_units, lambda unit, _: self._finish_unit(unit), None)
+            self._copy_out(tile, lambda copy: copy.start())
+
+        return jnp.where(is_last, tile, last)
+
+    def _rows_of_head(self, unit, head: int, chunk: int):
+        """Of the rows of a tile, token by token, those of one head and chunk."""
+        first = (unit * self.shape.heads_per_unit + head) * self.shape.layout.chunks_per_unit + chunk
+        return pl.ds(first, self.shape.blocks.tile_tokens, stride=self.shape.token_rows)
+
+    def _start_tile(self, tile) -> None:
+        tile_tokens, place = self.shape.blocks.tile_tokens, tile % PLACES
+
+        def start_unit(unit, _):
+            for head in range(self.shape.heads_per_unit):
+                rows = pl.ds(head * tile_tokens, tile_tokens)
+                sink_IL = jnp.broadcast_to(self.sinks_UY1L[unit, head], (tile_tokens, LANES))
+                self.largest[unit, rows] = sink_IL
+                self.sums[unit, rows] = (sink_IL > MASKED).astype(jnp.float32)
+                for chunk in range(self.shape.layout.chunks_per_unit):
+                    q_IL = self.queries[place, self._rows_of_head(unit, head, chunk), :]
+                    self.operands[unit, chunk, rows] = q_IL.astype(jnp.bfloat16)
+                    self.outputs[unit, chunk, rows] = jnp.zeros_like(q_IL)
+
+        jax.lax.fori_loop(0, self.shape.layout.num_units, start_unit, None)
+
+    def _attend_units(self, trip, tile, block, first_unit) -> None:
+        shape, block_tokens = self.shape, self.shape.blocks.block_tokens
+        place, first_token = trip % PLACES, block * self.shape.blocks.block_tokens
+        position, kv_len = self.stream.tiles_FL[POSITION, tile], self.stream.tiles_FL[KV_LEN, tile]
+        live_B1 = find_live(kv_len, position, first_token, block_tokens, shape.window)
+        scales = self.stream.scales
+        units = load_units(
+            self.stream.words.at[place, 0],
+            None if scales is None else scales.at[place, 0],
+            0 if shape.units_at_once == shape.layout.num_units else first_unit,
+            shape.units_at_once,
+            live_B1,
+            shape.layout,
+        )
+        for i, unit in enumerate(units):
+            for chunk, (k_BL, v_BL) in enumerate(unit):
+                self.keys[i, chunk] = k_BL
+                self.values[i, chunk] = v_BL
+        num_pieces = shape.heads_per_unit // shape.heads_at_once
+        rows_at_once = shape.heads_at_once * shape.blocks.tile_tokens
+        token_M1 = jax.lax.broadcasted_iota(jnp.int32, (rows_at_once, 1), 0) & (shape.blocks.tile_tokens - 1)
+        is_seen_MB = see(position + token_M1, first_token, block_tokens, shape.window)
+
+        def attend_piece(index, _):
+            i, piece = index // num_pieces, index % num_pieces
+            rows = pl.ds(pl.multiple_of(piece * rows_at_once, rows_at_once), rows_at_once)
+            self._attend_rows(i, first_unit + i, rows, is_seen_MB)
+
+        jax.lax.fori_loop(0, shape.units_at_once * num_pieces, attend_piece, None)
+
+    def _attend_rows(self, i, unit, rows, is_seen_MB) -> None:
+        """Rows of queries of one unit against the block, and into the state."""
+        chunks = range(self.shape.layout.chunks_per_unit)
+        partial = attend_unit(
+            [self.operands[unit, chunk, rows] for chunk in chunks],
+            [(self.keys[i, chunk], self.values[i, chunk]) for chunk in chunks],
+            is_seen_MB,
+            self.shape.soft_cap,
+        )
+        state = Partial(
+            self.largest[unit, rows, :1],
+            self.sums[unit, rows, :1],
+            [self.outputs[unit, chunk, rows] for chunk in chunks],
+        )
+        state = merge(state, partial)
+        shape_ML = (is_seen_MB.shape[0], LANES)
+        self.largest[unit, rows] = jnp.broadcast_to(state.max_M1, shape_ML)
+        self.sums[unit, rows] = jnp.broadcast_to(state.sum_M1, shape_ML)
+        for chunk in chunks:
+            self.outputs[unit, chunk, rows] = state.out_ML[chunk]
+
+    def _finish_unit(self, unit) -> None:
+        tile_tokens = self.shape.blocks.tile_tokens
+        for head in range(self.shape.heads_per_unit):
+            rows = pl.ds(head * tile_tokens, tile_tokens)
+            sums_IL = jnp.maximum(self.sums[unit, rows], 1e-30)
+            for chunk in range(self.shape.layout.chunks_per_unit):
+                self.leaving[self._rows_of_head(unit, head, chunk), :] = (
+                    self.outputs[unit, chunk, rows] / sums_IL
+                )
