@@ -32,13 +32,16 @@ from jaxserve.runner.sizing import (
     Machine,
     Precision,
     Sizes,
+    check_devices,
     choose_page_size,
     choose_precision,
     choose_sizes,
+    share_machine,
 )
 from jaxserve.scheduler.state import new_state
 from jaxserve.types import EngineInfo
 from jaxserve.weights.cache import cache_dir
+from jaxserve.weights.placement import make_placement
 from jaxserve.weights.resolve import ModelFiles
 
 OnProgress = Callable[[str, float, float | None, str], None]  # stage, done, total, unit
@@ -55,14 +58,14 @@ def build_engine(
     """
     start_s = time.perf_counter()
     machine = read_machine()
+    check_devices(config, machine)
     use_compile_cache(_compile_cache_dir(config, machine))
     family, cfg = read_family(config.model_path, files)
     specs = family.param_specs(cfg)
     precision = choose_precision(config, machine, checkpoint_bits(files, specs))
-    if machine.platform == "cpu" and precision.quantization == "fp8":
-        logger.warning("On a CPU fp8 weights are converted in every step; --quantization int8 is far faster.")
-    kernels = choose_kernels(_describe_target(config, machine, cfg, precision.kv_dtype))
-    logger.info("Load weight begin. %s as %s", config.model_path, _describe(precision))
+    _log_precision(config, machine, precision)
+    local_cfg = family.divide(cfg, config.tp_size).local_cfg
+    kernels = choose_kernels(_describe_target(config, machine, local_cfg, precision.kv_dtype))
     checkpoint = Checkpoint(
         files=files,
         family=family,
@@ -72,16 +75,17 @@ def build_engine(
         quantization=precision.quantization,
         random_seed=config.random_seed or 0,
         download_dir=config.download_dir,
+        placement=make_placement(jax.devices()[: config.tp_size]),
     )
     kv_dtype = jnp.dtype(precision.kv_dtype)
     sizes = choose_sizes(
         config,
-        machine,
+        share_machine(machine, config.tp_size),
         precision,
         model_context=cfg.max_context,
-        param_bytes=checkpoint.count_bytes(),
-        kv_bytes_per_token=kv_bytes_per_token(cfg, kv_dtype),
-        slot_bytes=8 * cfg.vocab_size,
+        param_bytes=checkpoint.count_device_bytes(),
+        kv_bytes_per_token=kv_bytes_per_token(local_cfg, kv_dtype),
+        slot_bytes=8 * math.ceil(cfg.vocab_size / config.tp_size),
     )
     max_drafts = config.speculative_num_draft_tokens if config.speculative_algorithm == "ngram" else 0
     runner = _load_runner(checkpoint, sizes, kv_dtype, max_drafts, on_progress)
@@ -115,7 +119,15 @@ def _describe_target(config: ServerConfig, machine: Machine, cfg: ModelConfig, k
         page_size=choose_page_size(config, machine.platform),
         kv_dtype=kv_dtype,
         compute_capability=machine.compute_capability,
+        num_devices=config.tp_size,
     )
+
+
+def _log_precision(config: ServerConfig, machine: Machine, precision: Precision) -> None:
+    if machine.platform == "cpu" and precision.quantization == "fp8":
+        logger.warning("On a CPU fp8 weights are converted in every step; --quantization int8 is far faster.")
+    served = precision.dtype if precision.quantization == "none" else precision.quantization
+    logger.info("Load weight begin. %s as %s", config.model_path, served)
 
 
 def _log_sizes(
@@ -192,7 +204,9 @@ def _load_runner(
         min_rows=sizes.min_rows,
         mixes=sizes.mixes,
     )
-    runner = ModelRunner(checkpoint.describe_model(), checkpoint.cfg, pool, kv_dtype, ladder, checkpoint)
+    runner = ModelRunner(
+        checkpoint.describe_model(), checkpoint.local_cfg, pool, kv_dtype, ladder, checkpoint
+    )
     runner.programs.begin()
     start_s = time.perf_counter()
     runner.load(lambda stage, done, total: on_progress(stage, done, total, "B"))
@@ -234,13 +248,9 @@ def _describe_engine(
         quantization=precision.quantization,
         platform=machine.platform,
         device_kind=jax.devices()[0].device_kind,
-        num_devices=machine.num_devices,
+        num_devices=config.tp_size,
         startup_s=time.perf_counter() - start_s,
     )
-
-
-def _describe(precision: Precision) -> str:
-    return precision.dtype if precision.quantization == "none" else precision.quantization
 
 
 def _compile_cache_dir(config: ServerConfig, machine: Machine) -> Path:

@@ -316,7 +316,7 @@ class EngineInfo:
     quantization: str
     platform: str
     device_kind: str
-    num_devices: int
+    num_devices: int  # that share the model
     startup_s: float = 0.0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import jax
 
@@ -17,17 +18,22 @@ from jaxserve.kernels_pallas.paged_attention import ref as paged_attention_ref
 from jaxserve.kernels_pallas.paged_attention.decode_plan import find_decode_limit
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import find_prefill_limit
 from jaxserve.kernels_pallas.sampling import ref as sampling_ref
+from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 
 
 @dataclass(frozen=True, slots=True)
 class KernelSet:
-    """The operations on the paged pool, the choice of a token, and the name of their forms for the log."""
+    """The operations on the paged pool, the choice of a token, and the name of their forms for the log.
+
+    All are of one device's part: `shards` are the devices that share the model.
+    """
 
     name: str
     rope_write: Callable
     paged_decode: Callable
     paged_prefill: Callable
     choose_tokens: Callable
+    shards: Shards = ONE_DEVICE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,10 +42,11 @@ class KernelTarget:
 
     platform: str  # "cpu", "gpu" or "tpu"
     head_dim: int
-    num_kv_heads: int
+    num_kv_heads: int  # of one device
     page_size: int
     kv_dtype: str
     compute_capability: str = ""  # of a GPU, as in "9.0"
+    num_devices: int = 1  # that share each layer
 
 
 XLA_KERNELS = KernelSet(
@@ -52,6 +59,15 @@ XLA_KERNELS = KernelSet(
 
 
 def choose_kernels(target: KernelTarget) -> KernelSet:
+    """The kernels for a target. Devices that share the vocabulary choose their tokens in XLA's form."""
+    kernels = _choose_for_one(target)
+    if target.num_devices == 1:
+        return kernels
+    shards = Shards(target.num_devices)
+    return replace(kernels, shards=shards, choose_tokens=partial(sampling_ref.choose_tokens, shards=shards))
+
+
+def _choose_for_one(target: KernelTarget) -> KernelSet:
     """The kernels for a target: XLA's form serves every one, Pallas forms the GPUs they were built for.
 
     The name of the set says what was chosen, and why not where a GPU gets XLA's form. Raises ValueError for a

@@ -1,10 +1,11 @@
 """What a model family offers to the loader and to the runner, and what it is given for one step.
 
-A family file defines a frozen `Config` with `from_hf`, a `param_specs(cfg)` table, and an `nnx.Module` in
-two halves: `__call__(batch, kv) -> (x_TD, kv)` is the forward pass up to the hidden states of every token,
-`compute_logits(x_BD) -> logits_BV` the final norm and the head, for the rows that somebody wants: a
-vocabulary's worth of logits a token would be most of a prefill's memory. `registry.py` finds the family by
-architecture name. Knows nothing of files, schedulers or HTTP.
+A family file defines a frozen `Config` with `from_hf`, a `param_specs(cfg)` table, `divide(cfg,
+num_devices)` for devices that share it, and an `nnx.Module` in two halves: `__call__(batch, kv) -> (x_TD,
+kv)` is the forward pass up to the hidden states of every token, `compute_logits(x_BD) -> logits_BV` the
+final norm and the head, for the rows that somebody wants: a vocabulary's worth of logits a token would be
+most of a prefill's memory. `registry.py` finds the family by architecture name. Knows nothing of files,
+schedulers or HTTP.
 """
 
 from __future__ import annotations
@@ -29,6 +30,30 @@ class TensorSource:
     other_names: tuple[str, ...] = ()
 
 
+class Run(NamedTuple):
+    """Consecutive indices of an axis, or as many zeros."""
+
+    start: int | None  # None: zeros
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What each device holds of an axis, in order: indices of the checkpoint's axis, filled up with zeros so
+    that all hold the same number. An index may be held by several."""
+
+    runs_by_device: tuple[tuple[Run, ...], ...]
+
+    @property
+    def own_length(self) -> int:
+        return sum(run.length for run in self.runs_by_device[0])
+
+    @property
+    def served_length(self) -> int:
+        """Of the parts of all devices, behind each other."""
+        return self.own_length * len(self.runs_by_device)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamSpec:
     """One served parameter and the checkpoint tensors that make it, concatenated along axis 0.
@@ -36,18 +61,28 @@ class ParamSpec:
     `path` addresses the module attribute ("layers.3.w_qkv_FD"). `kind` is "matrix" ([output, input]) or
     "embedding" ([vocabulary, width]), both quantisable per row of axis 0, "exact" (a matrix that is never
     quantised), or "vector" (norms and biases: never quantised, kept in float32). `axes` are logical names for
-    sharding, one an axis.
+    sharding, one an axis; `cuts` say how each is cut, if devices share the parameter (models/sharding.py).
     """
 
     path: str
     kind: str
     sources: tuple[TensorSource, ...]
     axes: tuple[str | None, ...]
+    cuts: tuple[Cut | None, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """In the checkpoint."""
         first = self.sources[0].shape
         return (sum(source.shape[0] for source in self.sources), *first[1:])
+
+    @property
+    def served_shape(self) -> tuple[int, ...]:
+        """Of the parts of all devices together."""
+        if not self.cuts:
+            return self.shape
+        pairs = zip(self.shape, self.cuts, strict=True)
+        return tuple(length if cut is None else cut.served_length for length, cut in pairs)
 
 
 class ImageTokens(NamedTuple):
@@ -120,3 +155,4 @@ class Family(Protocol):
     Model: Any
 
     def param_specs(self, cfg: Any) -> list[ParamSpec]: ...
+    def divide(self, cfg: Any, num_devices: int) -> Any: ...  # a Division of models/sharding.py

@@ -7,7 +7,7 @@ of their file how they differ from this one. Reference: transformers, models/lla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from jaxserve.models.hf_config import read_hf_config
 from jaxserve.models.interface import KVLayer, ParamSpec, StepBatch, TensorSource
 from jaxserve.models.layers import RopeScaling, attend, rms_norm, rope_frequencies, rope_tables
 from jaxserve.models.quant import embed, gated_mlp, matmul
+from jaxserve.models.sharding import Division, cut_channels, cut_evenly, cut_heads, repeat_cut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,12 +64,12 @@ def param_specs(cfg: Config) -> list[ParamSpec]:
         qkv = ((q, q_width, cfg.width), (k, kv_width, cfg.width), (v, kv_width, cfg.width))
         specs += [
             vector(f"{here}.attn_norm_D", None, (f"{hf}.input_layernorm.weight", cfg.width)),
-            matrix(f"{here}.w_qkv_FD", ("heads", None), *qkv),
+            matrix(f"{here}.w_qkv_FD", ("qkv", None), *qkv),
             matrix(f"{here}.w_o_DF", (None, "heads"), (f"{hf}.self_attn.o_proj", cfg.width, q_width)),
             vector(f"{here}.mlp_norm_D", None, (f"{hf}.post_attention_layernorm.weight", cfg.width)),
             matrix(
                 f"{here}.w_gate_up_FD",
-                ("mlp", None),
+                ("gate_up", None),
                 (gate, cfg.mlp_width, cfg.width),
                 (up, cfg.mlp_width, cfg.width),
             ),
@@ -76,11 +77,31 @@ def param_specs(cfg: Config) -> list[ParamSpec]:
         ]
         if cfg.has_qkv_bias:
             biases = ((f"{q}.bias", q_width), (f"{k}.bias", kv_width), (f"{v}.bias", kv_width))
-            specs.append(vector(f"{here}.b_qkv_F", "heads", *biases))
+            specs.append(vector(f"{here}.b_qkv_F", "qkv", *biases))
     specs.append(vector("final_norm_D", None, ("model.norm.weight", cfg.width)))
     if not cfg.ties_embeddings:
         specs.append(matrix("head_VD", ("vocab", None), ("lm_head", cfg.vocab_size, cfg.width)))
     return specs
+
+
+def divide(cfg: Config, num_devices: int) -> Division:
+    """Heads, MLP channels and vocabulary over devices; everything else is whole on each."""
+    attention = cut_heads(cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, num_devices)
+    mlp = cut_channels(cfg.mlp_width, num_devices)
+    local_cfg = replace(
+        cfg,
+        num_heads=attention.num_heads,
+        num_kv_heads=attention.num_kv_heads,
+        mlp_width=mlp.own_length,
+    )
+    cuts = {
+        "heads": attention.heads,
+        "qkv": attention.qkv,
+        "mlp": mlp,
+        "gate_up": repeat_cut(mlp, cfg.mlp_width, 2),
+        "vocab": cut_evenly(cfg.vocab_size, num_devices),
+    }
+    return Division(num_devices=num_devices, local_cfg=local_cfg, cuts=cuts)
 
 
 class Layer(nnx.Module):
@@ -97,7 +118,10 @@ class Layer(nnx.Module):
 
 
 class Model(nnx.Module):
-    """Built from loaded parameters by path (see `param_specs`); `kernels` is chosen at start."""
+    """Built from loaded parameters by path (see `param_specs`); `kernels` is chosen at start.
+
+    Where devices share the model (`divide`), it is one device's part of it, config included.
+    """
 
     def __init__(self, cfg: Config, params: Mapping[str, Any], kernels: KernelSet):
         self.cfg = cfg
@@ -116,13 +140,14 @@ class Model(nnx.Module):
         cfg = self.cfg
         frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         rope = rope_tables(batch.positions_T, frequencies)
-        return self.run_layers(embed(batch.token_ids_T, self.embed_VD.get_value()), rope, batch, kv)
+        x_TD = embed(batch.token_ids_T, self.embed_VD.get_value(), self.kernels.shards)
+        return self.run_layers(x_TD, rope, batch, kv)
 
     def run_layers(
         self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], batch: StepBatch, kv: list[KVLayer]
     ) -> tuple[jax.Array, list[KVLayer]]:
         """The blocks, on embedded tokens and with the rotary tables of any family that shares them."""
-        cfg = self.cfg
+        cfg, shards = self.cfg, self.kernels.shards
         graphdef, _ = nnx.split(self.layers[0])
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
@@ -135,9 +160,10 @@ class Model(nnx.Module):
                 qkv_TF = qkv_TF + layer.b_qkv_F.get_value()
             scale = cfg.head_dim**-0.5
             o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, scale)
-            x_TD = x_TD + matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value())
+            x_TD = x_TD + shards.add(matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value()))
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
-            return x_TD + gated_mlp(h_TD, layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value()), kv
+            h_TD = gated_mlp(h_TD, layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value())
+            return x_TD + shards.add(h_TD), kv
 
         new_kv = []
         for layer, layer_kv in zip(self.layers, kv, strict=True):
@@ -146,7 +172,10 @@ class Model(nnx.Module):
         return x_TD, new_kv
 
     def compute_logits(self, x_BD: jax.Array) -> jax.Array:
-        """Float32 logits [B, V] of some of the rows that `__call__` returned: final norm, then the head."""
+        """Float32 logits [B, V] of some of the rows that `__call__` returned: final norm, then the head.
+
+        Of this device's part of the vocabulary, which may reach behind its end (`count_own` of Shards).
+        """
         h_BD = rms_norm(x_BD, self.final_norm_D.get_value(), self.cfg.norm_eps)
         head_VD = self.embed_VD if self.head_VD is None else self.head_VD
         return matmul(h_BD, head_VD.get_value())

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.kernels_pallas.rounding import to_bf16
+from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 
 MOST_MIXED = 64  # channels; 32 saves 3 % of a prefill and is a little further from float32
 FOUR_CHANNELS = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], np.float32) / 2
@@ -133,12 +134,18 @@ def _transposed_gated_mlp(
     return (y_DT * scale_1T * w_down_DF.scale_F[:, None]).T
 
 
-def embed(token_ids_T: jax.Array, w_VD: Matrix) -> jax.Array:
-    """Rows of an embedding matrix: [T] int32 to [T, D] float32."""
+def embed(token_ids_T: jax.Array, w_VD: Matrix, shards: Shards = ONE_DEVICE) -> jax.Array:
+    """Rows of an embedding matrix: [T] int32 to [T, D] float32. Each of `shards` has some of the rows."""
+    row_T = shards.find_own(token_ids_T, w_VD.shape[0])
     if not isinstance(w_VD, QuantizedMatrix):
-        return w_VD[token_ids_T].astype(jnp.float32)
-    x_TD = w_VD.q_FD[token_ids_T].astype(jnp.float32) * w_VD.scale_F[token_ids_T][:, None]
+        return shards.add(_take(w_VD, row_T))
+    x_TD = shards.add(_take(w_VD.q_FD, row_T) * _take(w_VD.scale_F, row_T)[:, None])
     return rotate(x_TD) if w_VD.is_int8 else x_TD
+
+
+def _take(w_VD: jax.Array, row_T: jax.Array) -> jax.Array:
+    """Rows as float32, zeros for one behind the last."""
+    return w_VD.at[row_T].get(mode="fill", fill_value=0).astype(jnp.float32)
 
 
 def rotate(x_TD: jax.Array) -> jax.Array:

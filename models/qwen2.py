@@ -13,6 +13,7 @@ from jaxserve.models.hf_config import read_hf_config
 
 Model = llama.Model
 param_specs = llama.param_specs
+divide = llama.divide
 
 
 class Config:

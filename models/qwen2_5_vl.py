@@ -25,6 +25,7 @@ from jaxserve.models.interface import ImageTokens, KVLayer, ParamSpec, PatchBatc
 from jaxserve.models.layers import axial_rope_tables, rope_frequencies, rope_tables
 from jaxserve.models.quant import embed
 from jaxserve.models.qwen2 import QWEN2_IGNORES
+from jaxserve.models.sharding import Division
 
 # Beside the language side's own fields in older files, and again within text_config in newer ones.
 OUTER_FIELDS = frozenset(
@@ -118,6 +119,12 @@ def param_specs(cfg: Config) -> list[ParamSpec]:
     return [*specs, *vision.param_specs(cfg.vision)]
 
 
+def divide(cfg: Config, num_devices: int) -> Division:
+    """The language side over devices; each of them has the vision encoder whole."""
+    division = llama.divide(cfg.language, num_devices)
+    return replace(division, local_cfg=replace(cfg, language=division.local_cfg))
+
+
 class Model(nnx.Module):
     """Built from loaded parameters by path (see `param_specs`); `kernels` is chosen at start."""
 
@@ -136,7 +143,7 @@ class Model(nnx.Module):
         """One step, as in llama.py: the hidden states of all its tokens [T, D] float32, and the pool."""
         cfg = self.cfg
         frequencies = rope_frequencies(cfg.head_dim, cfg.language.rope_theta, None)
-        x_TD = embed(batch.token_ids_T, self.language.embed_VD.get_value())
+        x_TD = embed(batch.token_ids_T, self.language.embed_VD.get_value(), self.kernels.shards)
         if batch.images is None:
             rope = rope_tables(batch.positions_T, frequencies)
         else:

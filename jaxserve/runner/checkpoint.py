@@ -2,7 +2,7 @@
 
 Made by build.py, kept by the runner. Another checkpoint must be of the same architecture, to the field,
 because the compiled programs are; its files may be of any kind and type. Reading may be stopped from another
-thread. Knows nothing of devices beyond where `put` places an array.
+thread. Knows nothing of devices beyond the `placement` that arrays go to.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ from flax import nnx
 
 from jaxserve.errors import UnavailableError, WeightError
 from jaxserve.kernels_pallas.dispatch import KernelSet
+from jaxserve.models.interface import ParamSpec
 from jaxserve.models.registry import find_family
+from jaxserve.models.sharding import Division
 from jaxserve.runner.host_memory import read_host_memory
 from jaxserve.runner.memory import delete_arrays
 from jaxserve.weights.loader import (
     PutArray,
+    count_device_bytes,
     count_served_bytes,
     describe_params,
     load_params,
-    put_on_default_device,
 )
+from jaxserve.weights.placement import ALONE, Placement
 from jaxserve.weights.resolve import ModelFiles, resolve_model
 
 OnProgress = Callable[[str, float, float | None], None]  # stage, done, total
@@ -51,8 +54,19 @@ class Checkpoint:
     quantization: str
     random_seed: int = 0
     download_dir: str | None = None
-    put: PutArray = put_on_default_device
+    placement: Placement = ALONE
     stopping: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def local_cfg(self) -> Any:
+        """The config of the part that one device holds."""
+        return self._divide().local_cfg
+
+    def _divide(self) -> Division:
+        return self.family.divide(self.cfg, self.placement.num_devices)
+
+    def _list_specs(self) -> list[ParamSpec]:
+        return self._divide().cut_specs(self.family.param_specs(self.cfg))
 
     def read_model(self, on_progress: OnProgress, put: PutArray | None = None) -> nnx.Module:
         """The model with its parameters. Raises WeightError, and UnavailableError once `stopping` is set."""
@@ -64,21 +78,21 @@ class Checkpoint:
 
         params = load_params(
             self.files,
-            self.family.param_specs(self.cfg),
+            self._list_specs(),
             dtype=self.dtype,
             quantization=self.quantization,
             on_progress=tell,
-            put=put or self.put,
+            put=put or self.placement.put,
             random_seed=self.random_seed,
         )
-        return self.family.Model(self.cfg, params, self.kernels)
+        return self.family.Model(self.local_cfg, params, self.kernels)
 
     def read_tree(self, on_progress: OnProgress) -> Any:
         """The parameters on the device, as the step programs take them; on failure nothing stays there."""
         placed: list[jax.Array] = []
 
         def put(path: str, array: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
-            placed.append(self.put(path, array, axes))
+            placed.append(self.placement.put(path, array, axes))
             return placed[-1]
 
         try:
@@ -123,14 +137,18 @@ class Checkpoint:
 
     def describe_model(self) -> nnx.Module:
         """The model with shapes and types in place of its parameters, before anything is read."""
-        specs = self.family.param_specs(self.cfg)
-        params = describe_params(specs, dtype=self.dtype, quantization=self.quantization)
-        return self.family.Model(self.cfg, params, self.kernels)
+        params = describe_params(
+            self._list_specs(), dtype=self.dtype, quantization=self.quantization, placement=self.placement
+        )
+        return self.family.Model(self.local_cfg, params, self.kernels)
 
     def count_bytes(self) -> int:
         """Of the served parameters."""
-        specs = self.family.param_specs(self.cfg)
-        return count_served_bytes(specs, dtype=self.dtype, quantization=self.quantization)
+        return count_served_bytes(self._list_specs(), dtype=self.dtype, quantization=self.quantization)
+
+    def count_device_bytes(self) -> int:
+        """Those of them that each device holds."""
+        return count_device_bytes(self._list_specs(), dtype=self.dtype, quantization=self.quantization)
 
 
 def log_progress(stage: str, done: float, total: float | None) -> None:

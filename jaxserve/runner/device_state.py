@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.kernels_pallas.kv_layer import KVLayer, num_k_scales
+from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 from jaxserve.models.interface import ModelConfig
 from jaxserve.runner.sampler import COUNT_MASK, IN_PROMPT, IS_STOP
 from jaxserve.types import MAX_WATCHED_IDS, TokenParams
+from jaxserve.weights.placement import ALONE, Placement, make_spec
 
 KV_SCALE_DTYPE = jnp.float32  # of int8 pools
 LARGEST_BIAS = 1e30  # leaves room for a division by the smallest temperature
@@ -45,6 +47,17 @@ class PoolSize:
     table_width: int  # pages of the longest sequence
 
 
+# How devices share the state (jax.shard_map's terms): the pool by KV heads, what is per token id by ids.
+STATE_SPECS = DeviceState(
+    kv=make_spec((None, None, "kv_heads")),  # type: ignore[arg-type]  # of every leaf
+    last_token_X=make_spec(()),  # type: ignore[arg-type]
+    table_XW=make_spec(()),  # type: ignore[arg-type]
+    edits_XV=make_spec((None, "vocab")),  # type: ignore[arg-type]
+    bias_XV=make_spec((None, "vocab")),  # type: ignore[arg-type]
+    watched_XM=make_spec(()),  # type: ignore[arg-type]
+)
+
+
 def kv_bytes_per_token(cfg: ModelConfig, dtype: jnp.dtype) -> int:
     """What a token takes in the pools of all layers, the scales of an int8 pool included."""
     head_bytes = 2 * cfg.head_dim * jnp.dtype(dtype).itemsize  # K and V
@@ -53,14 +66,20 @@ def kv_bytes_per_token(cfg: ModelConfig, dtype: jnp.dtype) -> int:
     return cfg.num_layers * cfg.num_kv_heads * head_bytes
 
 
-def compile_allocation(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> Callable[[], DeviceState]:
-    """The program that makes a zeroed DeviceState on the default device: at the start, and after a sleep."""
-    return jax.jit(partial(make_state, cfg, pool, kv_dtype)).lower().compile()
+def compile_allocation(
+    cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype, placement: Placement = ALONE
+) -> Callable[[], DeviceState]:
+    """The program that makes a zeroed DeviceState: at the start, and after a sleep."""
+    make = partial(make_state, cfg, pool, kv_dtype, Shards(placement.num_devices))
+    return jax.jit(placement.spread(make, in_specs=(), out_specs=STATE_SPECS)).lower().compile()
 
 
-def make_state(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> DeviceState:
-    """Empty slots and pages."""
+def make_state(
+    cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype, shards: Shards = ONE_DEVICE
+) -> DeviceState:
+    """Empty slots and pages: one device's part, if several share the state. `cfg` is that of the part."""
     num_slots = pool.num_slots + 1
+    num_ids = shards.count_own(cfg.vocab_size)
     shape_PSK = (pool.num_pages, pool.page_size, cfg.num_kv_heads)
     values = partial(jnp.zeros, (*shape_PSK, cfg.head_dim), kv_dtype)
 
@@ -74,8 +93,8 @@ def make_state(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype) -> DeviceS
         kv=[layer() for _ in range(cfg.num_layers)],
         last_token_X=jnp.zeros(num_slots, jnp.int32),
         table_XW=jnp.zeros((num_slots, pool.table_width), jnp.int32),
-        edits_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.int32),
-        bias_XV=jnp.zeros((num_slots, cfg.vocab_size), jnp.float32),
+        edits_XV=jnp.zeros((num_slots, num_ids), jnp.int32),
+        bias_XV=jnp.zeros((num_slots, num_ids), jnp.float32),
         watched_XM=jnp.zeros((num_slots, MAX_WATCHED_IDS), jnp.int32),
     )
 

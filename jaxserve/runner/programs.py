@@ -28,6 +28,7 @@ from jaxserve.runner.background import Background
 from jaxserve.runner.batch import packed_size, unpack_step
 from jaxserve.runner.buckets import Ladder, Shape
 from jaxserve.runner.device_state import (
+    STATE_SPECS,
     DeviceState,
     PoolSize,
     compile_allocation,
@@ -35,11 +36,13 @@ from jaxserve.runner.device_state import (
     write_watched,
 )
 from jaxserve.runner.forks import forks_shape, write_forks
-from jaxserve.runner.sampler import edit_logits, sample
+from jaxserve.runner.sampler import edit_logits, hide_padding, sample
 from jaxserve.runner.scores import score_prompts, score_sampled
 from jaxserve.runner.xla_flags import chosen_options
+from jaxserve.weights.placement import ALONE, Placement, make_spec
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+EVERYWHERE = make_spec(())  # what every device holds whole
 NUM_FIRST = 2  # programs that serving starts with: the ladder's first two, decode and prefill
 
 logger = logging.getLogger("jaxserve.runner")
@@ -58,27 +61,40 @@ def run_step(
 ) -> tuple[DeviceState, StepArrays]:
     """The whole step, as one program: unpack, model, sample, score, remember.
 
-    Donates `state`. `graphdef`, `shape` and `page_size` are constants of the program.
+    Donates `state`. `graphdef`, `shape` and `page_size` are constants of the program. Where devices share the
+    model, this is the step of one of them; what it gives beside the state is the same on all.
     """
     step = unpack_step(packed, shape, page_size, state.last_token_X, state.table_XW)
     model = nnx.merge(graphdef, params)
     x_TD, kv = model(step.batch, state.kv)
+    shards, vocab_size = model.kernels.shards, model.cfg.vocab_size
+
+    def compute_all_logits(x_BD: jax.Array) -> jax.Array:
+        return shards.join(model.compute_logits(x_BD))[:, :vocab_size]
+
     x_BD = x_TD[step.batch.sample_token_B]
-    logits_BV = model.compute_logits(x_BD)
+    logits_BV = hide_padding(model.compute_logits(x_BD), shards, vocab_size)
     logits_BV = edit_logits(logits_BV, step.rows, step.slot_B, state.edits_XV, state.bias_XV)
     token_B = sample(logits_BV, step.rows, model.kernels.choose_tokens)
     score_BZ = score_sampled(
-        x_BD, model.compute_logits, logits_BV, token_B, step.rows, step.slot_B, state.watched_XM
+        x_BD,
+        compute_all_logits,
+        lambda: shards.join(logits_BV)[:, :vocab_size],
+        token_B,
+        step.rows,
+        step.slot_B,
+        state.watched_XM,
     )
     score_QZ = None
     if step.places is not None:
-        score_QZ = score_prompts(x_TD, model.compute_logits, step.places, state.watched_XM)
+        score_QZ = score_prompts(x_TD, compute_all_logits, step.places, state.watched_XM)
     fed_B = jnp.maximum(token_B, 0)  # a row without a token ends its sequence; a stale row may still follow
+    own_B = shards.find_own(fed_B, logits_BV.shape[1])
     new_state = DeviceState(
         kv=kv,
         last_token_X=state.last_token_X.at[step.slot_B].set(fed_B),
         table_XW=step.batch.table_XW,
-        edits_XV=state.edits_XV.at[step.slot_B, fed_B].add(1),
+        edits_XV=state.edits_XV.at[step.slot_B, own_B].add(1, mode="drop"),
         bias_XV=state.bias_XV,
         watched_XM=state.watched_XM,
     )
@@ -88,14 +104,24 @@ def run_step(
 class Programs:
     """The compiled step programs of one model, by shape.
 
-    `model` may hold its parameters or only their shapes and types (Checkpoint.describe_model).
+    `model` may hold its parameters or only their shapes and types (Checkpoint.describe_model). Where the
+    devices of `placement` share it, it and `cfg` are one device's part; arrays are whole.
     """
 
-    def __init__(self, model: nnx.Module, cfg: Any, pool: PoolSize, kv_dtype: jnp.dtype, ladder: Ladder):
+    def __init__(
+        self,
+        model: nnx.Module,
+        cfg: Any,
+        pool: PoolSize,
+        kv_dtype: jnp.dtype,
+        ladder: Ladder,
+        placement: Placement = ALONE,
+    ):
         self.compiles = CompileCounter()
         self._graphdef, params = nnx.split(model)
         self._abstract_params = jax.tree.map(_abstract, params)
-        self.allocate = compile_allocation(cfg, pool, kv_dtype)
+        self._placement = placement
+        self.allocate = compile_allocation(cfg, pool, kv_dtype, placement)
         self._abstract_state = jax.tree.map(_abstract, self.allocate.out_info)
         self._page_size = pool.page_size
         self._table_width = pool.table_width
@@ -130,35 +156,50 @@ class Programs:
     def compile_one(self, shape: Shape) -> None:
         """Compile the program of a shape, or restore it from the persistent cache."""
         start_s = time.perf_counter()
-        packed = jax.ShapeDtypeStruct((packed_size(shape, self._table_width),), jnp.int32)
-        step = jax.jit(partial(run_step, self._graphdef, shape, self._page_size), donate_argnums=1)
-        lowered = step.lower(self._abstract_params, self._abstract_state, packed)
+        packed = self._describe((packed_size(shape, self._table_width),))
+        step = self._placement.spread(
+            partial(run_step, self._graphdef, shape, self._page_size),
+            in_specs=(self._param_specs(), STATE_SPECS, EVERYWHERE),
+            out_specs=(STATE_SPECS, EVERYWHERE),
+        )
+        lowered = jax.jit(step, donate_argnums=1).lower(self._abstract_params, self._abstract_state, packed)
         program = lowered.compile(compiler_options=self.xla_options)
         with self._lock:  # and a new dict: the step loop may be iterating over the old one
             self.ready = {**self.ready, shape: program}
         logger.info("compiled the step of %s in %.1f s", shape, time.perf_counter() - start_s)
 
+    def _param_specs(self) -> Any:
+        """How devices share the parameters; not asked for where there is one device."""
+        if self._placement.mesh is None:
+            return None
+        return jax.tree.map(lambda x: x.sharding.spec, self._abstract_params)
+
+    def _describe(self, shape: tuple[int, ...], dtype: Any = jnp.int32, axis: str | None = None):
+        """An array from the host: whole on every device, or its only axis cut."""
+        sharding = self._placement.make_sharding((axis,) if axis else ())
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
     def compile_slot_writer(self) -> Callable:
         """The program that puts a new sequence's penalties and bias in place."""
-        vocab_size = self._abstract_state.edits_XV.shape[1]
-        slot = jax.ShapeDtypeStruct((), jnp.int32)
-        edits_V = jax.ShapeDtypeStruct((vocab_size,), jnp.int32)
-        bias_V = jax.ShapeDtypeStruct((vocab_size,), jnp.float32)
-        writer = jax.jit(write_slot, donate_argnums=0)
-        return writer.lower(self._abstract_state, slot, edits_V, bias_V).compile()
+        ids = self._abstract_state.edits_XV.shape[1:]
+        edits_V, bias_V = self._describe(ids, axis="vocab"), self._describe(ids, jnp.float32, axis="vocab")
+        by_id = make_spec(("vocab",))
+        write = self._placement.spread(write_slot, (STATE_SPECS, EVERYWHERE, by_id, by_id), STATE_SPECS)
+        writer = jax.jit(write, donate_argnums=0)
+        return writer.lower(self._abstract_state, self._describe(()), edits_V, bias_V).compile()
 
     def compile_watched_writer(self) -> Callable:
         """The program that puts a new sequence's watched ids in place."""
         watched_XM = self._abstract_state.watched_XM
-        slot = jax.ShapeDtypeStruct((), jnp.int32)
-        watched_M = jax.ShapeDtypeStruct(watched_XM.shape[1:], jnp.int32)
-        return jax.jit(write_watched, donate_argnums=0).lower(watched_XM, slot, watched_M).compile()
+        watched_M = self._describe(watched_XM.shape[1:])
+        write = self._placement.spread(write_watched, EVERYWHERE, EVERYWHERE)
+        return jax.jit(write, donate_argnums=0).lower(watched_XM, self._describe(()), watched_M).compile()
 
     def compile_forks(self) -> None:
         """Compile the program that beams wait for: it writes block tables and copies pages."""
-        packed = jax.ShapeDtypeStruct(forks_shape(self._table_width), jnp.int32)
-        writer = jax.jit(write_forks, donate_argnums=0)
-        self.write_forks = writer.lower(self._abstract_state, packed).compile()
+        packed = self._describe(forks_shape(self._table_width))
+        write = self._placement.spread(write_forks, (STATE_SPECS, EVERYWHERE), STATE_SPECS)
+        self.write_forks = jax.jit(write, donate_argnums=0).lower(self._abstract_state, packed).compile()
 
     def compile_rest(self, on_done: Callable[[], None]) -> None:
         """Compile what is not ready, forks first and then shapes in ladder order, on a thread; then call

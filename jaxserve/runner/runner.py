@@ -33,6 +33,7 @@ from jaxserve.runner.pending import PendingStep, note_launch
 from jaxserve.runner.programs import Programs, StepArrays
 from jaxserve.scheduler.plan import DecodeRow, PrefillChunk, SlotInit, StepLimits, StepPlan
 from jaxserve.types import KV_CACHE, WEIGHTS, ScoreParams, TokenParams
+from jaxserve.weights.placement import ALONE
 
 REHEARSED_TOKENS = 512  # of context, in a program's first run
 
@@ -48,7 +49,8 @@ class Update(NamedTuple):
 
 class ModelRunner:
     """`checkpoint` is what `model` is of; without it dropped weights cannot come back. A model without
-    parameters (Checkpoint.describe_model) is enough to compile for; then `load` must follow."""
+    parameters (Checkpoint.describe_model) is enough to compile for; then `load` must follow. Where devices
+    share the model, `model` and `cfg` are one device's part."""
 
     def __init__(
         self,
@@ -59,7 +61,8 @@ class ModelRunner:
         ladder: Ladder,
         checkpoint: Checkpoint | None = None,
     ):
-        self.programs = Programs(model, cfg, pool, kv_dtype, ladder)
+        placement = ALONE if checkpoint is None else checkpoint.placement
+        self.programs = Programs(model, cfg, pool, kv_dtype, ladder, placement)
         self.compiles = self.programs.compiles
         self._weights = Weights(nnx.split(model)[1])
         self._checkpoint = checkpoint
@@ -173,7 +176,9 @@ class ModelRunner:
     def _init_slot(self, init: SlotInit) -> None:
         self._params_XF[init.slot] = slot_params(init.params, len(init.prompt_ids))
         if init.params.has_extras:
-            edits_V, bias_V = edit_rows(self._vocab_size, init.params, init.prompt_ids, init.output_ids)
+            edits_V, bias_V = edit_rows(
+                self._state.edits_XV.shape[1], init.params, init.prompt_ids, init.output_ids
+            )
             self._state = self._write_slot(self._state, np.int32(init.slot), edits_V, bias_V)
         scores = init.params.scores
         self._scores_X[init.slot] = scores

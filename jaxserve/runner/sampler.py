@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.kernels_pallas.sampling import ref as sampling_ref
+from jaxserve.kernels_pallas.shards import Shards
 from jaxserve.scheduler.plan import NO_TOKEN
 
 # One row's parameters as they travel: each field is 32 bits, floats as their bits.
@@ -70,6 +71,15 @@ def read_params(params_BF: jax.Array, position_B: jax.Array) -> RowParams:
         is_float = dtype == np.float32
         columns.append(jax.lax.bitcast_convert_type(field_B, jnp.float32) if is_float else field_B)
     return RowParams(*columns, position=position_B)
+
+
+def hide_padding(logits_BV: jax.Array, shards: Shards, vocab_size: int) -> jax.Array:
+    """The logits of this device's ids, with -inf for those behind the end of the vocabulary."""
+    if shards.num_devices == 1:
+        return logits_BV
+    num_ids = logits_BV.shape[1]
+    id_V = shards.find_first(num_ids) + jnp.arange(num_ids)
+    return jnp.where(id_V < vocab_size, logits_BV, -jnp.inf)
 
 
 def edit_logits(

@@ -51,7 +51,7 @@ def scoring_temperature(rows: RowParams) -> jax.Array:
 def score_sampled(
     x_BD: jax.Array,
     compute_logits: Callable[[jax.Array], jax.Array],
-    edited_BV: jax.Array,
+    read_edited: Callable[[], jax.Array],
     token_B: jax.Array,
     rows: RowParams,
     slot_B: jax.Array,
@@ -62,11 +62,13 @@ def score_sampled(
     Of the model's own distribution, or for rows that say `is_scaled` of the one after penalties, bias
     and temperature (1 for greedy rows). Padding, and chunks that do not sample, name the trash slot.
 
-    `edited_BV` took the place of the logits in memory. If a row needs them as they were, they are computed
-    once more: keeping them would cost every step a copy, those that score nothing included.
+    `read_edited` gives the logits that were sampled from, which took the place of the model's own in memory.
+    If a row needs those as they were, they are computed once more: keeping them would cost every step a copy,
+    those that score nothing included.
     """
 
     def score() -> jax.Array:
+        edited_BV = read_edited()
         is_scaled_B = rows.is_scaled > 0
         is_lost_B = (rows.has_extras > 0) & ~is_scaled_B
         logits_BV = jax.lax.cond(jnp.any(is_lost_B), lambda: compute_logits(x_BD), lambda: edited_BV)
@@ -106,8 +108,12 @@ def score_prompts(
         score_BZ = _score_rows(logits_BV, target_B, watched_XM[slot_B])
         return jax.lax.dynamic_update_slice_in_dim(score_QZ, score_BZ, start, axis=0)
 
+    zeros_QZ = jnp.zeros((num_places, SCORE_WIDTH), jnp.int32)
+    if num_places <= BLOCK_ROWS:
+        # A loop whose only turn is always the same: XLA would move its work in front of it, into every step.
+        return jax.lax.cond(places.count > 0, lambda: score_block(jnp.int32(0), zeros_QZ), lambda: zeros_QZ)
     num_blocks = (places.count + block_rows - 1) // block_rows
-    return jax.lax.fori_loop(0, num_blocks, score_block, jnp.zeros((num_places, SCORE_WIDTH), jnp.int32))
+    return jax.lax.fori_loop(0, num_blocks, score_block, zeros_QZ)
 
 
 def _score_rows(logits_BV: jax.Array, target_B: jax.Array, watched_BM: jax.Array) -> jax.Array:

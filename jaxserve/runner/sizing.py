@@ -6,7 +6,7 @@ Called once by build.py, which logs what was chosen. Plain Python: asks no devic
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
@@ -75,6 +75,38 @@ def choose_precision(config: ServerConfig, machine: Machine, checkpoint_bits: fl
     return Precision(dtype=dtype, quantization=quantization, kv_dtype=kv_dtype)
 
 
+def check_devices(config: ServerConfig, machine: Machine) -> None:
+    """Raise ConfigError for more devices than there are, or for a use of them that is not served."""
+    if config.dp_size != 1:
+        raise ConfigError(
+            "dp_size above 1 is not served in this version: start a server for each copy of the model.",
+            param="dp_size",
+        )
+    if config.tp_size > machine.num_devices:
+        remedy = "Lower it, or make more devices visible to this process."
+        if machine.platform == "cpu":
+            remedy = (
+                "To try it out, let JAX see the CPU as so many: set JAX_NUM_CPU_DEVICES="
+                f"{config.tp_size} or XLA_FLAGS=--xla_force_host_platform_device_count={config.tp_size}."
+            )
+        raise ConfigError(
+            f"tp_size is {config.tp_size}, and JAX finds {machine.num_devices} "
+            f"{machine.platform} device{'s' if machine.num_devices > 1 else ''}. {remedy}",
+            param="tp_size",
+        )
+
+
+def share_machine(machine: Machine, num_devices: int) -> Machine:
+    """The machine as each of some devices has it: several that are one CPU share its memory."""
+    if machine.platform != "cpu":
+        return machine
+    return replace(
+        machine,
+        memory_bytes=machine.memory_bytes // num_devices,
+        free_bytes=machine.free_bytes // num_devices,
+    )
+
+
 def choose_page_size(config: ServerConfig, platform: str) -> int:
     """Tokens of a page: what the platform's kernels read best, unless it is set."""
     return config.page_size or PAGE_SIZE[platform]
@@ -92,10 +124,9 @@ def choose_sizes(
 ) -> Sizes:
     """Pool, rows and chunk, each from its flag or from the memory. Raises ConfigError if nothing fits.
 
-    `slot_bytes` is what a running sequence costs beside its pages (sampling state).
+    `slot_bytes` is what a running sequence costs beside its pages (sampling state). All bytes are of one
+    device, those of `machine` too (`share_machine`).
     """
-    if config.tp_size * config.dp_size != 1:
-        raise ConfigError("tp_size and dp_size above 1 are not served in this version.", param="tp_size")
     platform = machine.platform
     context_length = config.context_length or model_context
     if context_length > model_context:
@@ -152,7 +183,7 @@ def _choose_chunks(config: ServerConfig, platform: str, context_length: int) -> 
 def _pool_budget(config: ServerConfig, machine: Machine, param_bytes: int) -> int:
     """Bytes that the pool and the slots may take together. What others hold already is not ours to take."""
     if machine.platform == "cpu" and config.mem_fraction_static is None:
-        return min(CPU_KV_BYTES, (machine.free_bytes - param_bytes) // 2)
+        return min(CPU_KV_BYTES // config.tp_size, (machine.free_bytes - param_bytes) // 2)
     wanted_bytes = int(machine.memory_bytes * (config.mem_fraction_static or 0.88))
     if machine.platform == "cpu":
         return min(wanted_bytes, machine.free_bytes) - param_bytes

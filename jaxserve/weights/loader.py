@@ -3,7 +3,7 @@
 A family's ParamSpecs say which tensors make a parameter. Every one is read, dequantised, converted (or
 quantised to int8) a block of rows at a time, so that memory holds the served parameters, one parameter in the
 making, and a few blocks. Both directions are checked: a tensor that is missing, left over, of the wrong shape
-or not finite is named. Knows nothing of families or of sharding rules: `put` places an array.
+or not finite is named. Knows nothing of families or of devices: `put` places an array.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from jaxserve.models.interface import ParamSpec, TensorSource
 from jaxserve.models.quant import Matrix, QuantizedMatrix, hadamard
 from jaxserve.weights.cache import ProgressCallback
 from jaxserve.weights.gguf_names import open_gguf_checkpoint
+from jaxserve.weights.layout import count_own_columns, pick_columns, place_rows
+from jaxserve.weights.placement import ALONE, Placement
 from jaxserve.weights.resolve import ModelFiles
 from jaxserve.weights.safetensors import open_safetensors
 
@@ -67,11 +69,6 @@ class CheckpointTensors(Protocol):
     def close(self) -> None: ...
 
 
-def put_on_default_device(path: str, array: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
-    """The PutArray of a single device."""
-    return jax.device_put(array)
-
-
 def load_params(
     files: ModelFiles,
     specs: list[ParamSpec],
@@ -79,10 +76,10 @@ def load_params(
     dtype: str,
     quantization: str = "none",
     on_progress: ProgressCallback,
-    put: PutArray = put_on_default_device,
+    put: PutArray = ALONE.put,
     random_seed: int = 0,
 ) -> dict[str, Matrix]:
-    """The served parameters of `specs`, by path.
+    """The served parameters of `specs`, by path, in the layout that devices share them in (layout.py).
 
     Vectors are float32; matrices and embeddings are `dtype` ("float32", "bfloat16", "float16"), or with
     quantization "int8" or "fp8" a quantised matrix whose parts `put` is given under the same path. Progress
@@ -119,7 +116,7 @@ def make_dummy_params(
     quantization: str = "none",
     random_seed: int = 0,
     on_progress: ProgressCallback = lambda message, done, total: None,
-    put: PutArray = put_on_default_device,
+    put: PutArray = ALONE.put,
 ) -> dict[str, Matrix]:
     """Parameters of the right shapes and made-up values, for trying things out without weights.
 
@@ -137,13 +134,14 @@ def make_dummy_params(
     return _build_params(specs, make_block, dtype, quantization, on_progress, put)
 
 
-def describe_params(specs: list[ParamSpec], *, dtype: str, quantization: str = "none") -> dict[str, Any]:
-    """What `load_params` will give on a single device, as shapes and types: enough to compile for."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def describe_params(
+    specs: list[ParamSpec], *, dtype: str, quantization: str = "none", placement: Placement = ALONE
+) -> dict[str, Any]:
+    """What `load_params` will give on these devices, as shapes and types: enough to compile for."""
     params: dict[str, Any] = {}
     for spec in specs:
         arrays = [
-            jax.ShapeDtypeStruct(shape, item_type, sharding=device)
+            jax.ShapeDtypeStruct(shape, item_type, sharding=placement.make_sharding(spec.axes[: len(shape)]))
             for shape, item_type in _list_arrays(spec, dtype, quantization)
         ]
         is_quantized = _is_quantized(spec, quantization)
@@ -154,6 +152,17 @@ def describe_params(specs: list[ParamSpec], *, dtype: str, quantization: str = "
 def count_served_bytes(specs: list[ParamSpec], *, dtype: str, quantization: str = "none") -> int:
     """Bytes of the arrays that `load_params` will give."""
     return sum(_served_bytes(spec, dtype, quantization) for spec in specs)
+
+
+def count_device_bytes(specs: list[ParamSpec], *, dtype: str, quantization: str = "none") -> int:
+    """Those of them that each device holds."""
+    num_bytes = 0
+    for spec in specs:
+        for shape, item_type in _list_arrays(spec, dtype, quantization):
+            cuts = [cut for cut in spec.cuts[: len(shape)] if cut is not None]
+            num_parts = math.prod(len(cut.runs_by_device) for cut in cuts)
+            num_bytes += math.prod(shape) * item_type.itemsize // num_parts
+    return num_bytes
 
 
 def check_checkpoint(checkpoint: CheckpointTensors, specs: list[ParamSpec], *, is_tied: bool) -> None:
@@ -240,15 +249,15 @@ def _build_float(
     pool: ThreadPoolExecutor,
     put: PutArray,
 ) -> jax.Array:
-    host = _empty_aligned(spec.shape, dtype)
+    host = _allocate(spec, spec.served_shape, dtype)
 
     def fill(block_range: tuple[int, int]) -> None:
         first_row, num_rows = block_range
-        block = read_block(spec, first_row, num_rows)
-        rows = host[first_row : first_row + num_rows]
+        block = pick_columns(read_block(spec, first_row, num_rows), spec)
         with np.errstate(over="ignore", invalid="ignore"):
-            rows[...] = block
+            rows = block.astype(dtype, copy=False)
         _require_finite(spec, block, rows)
+        place_rows(host, spec, first_row, rows)
 
     _run_blocks(pool, fill, spec)
     return put(spec.path, host, spec.axes)
@@ -264,22 +273,21 @@ def _build_quantized(
     """Symmetric, with a scale a row: absmax / the largest value. int8 is of the rotated rows, rounded half to
     even (models/quant.py)."""
     item_type, largest = QUANTIZED[quantization]
-    h_HH = hadamard(spec.shape[1])
-    q_host = _empty_aligned(spec.shape, item_type)
-    scale_host = _empty_aligned(spec.shape[:1], np.dtype(np.float32))
+    h_HH = hadamard(count_own_columns(spec))
+    q_host = _allocate(spec, spec.served_shape, item_type)
+    scale_host = _allocate(spec, spec.served_shape[:1], np.dtype(np.float32))
 
     def fill(block_range: tuple[int, int]) -> None:
         first_row, num_rows = block_range
-        end_row = first_row + num_rows
-        block = read_block(spec, first_row, num_rows).astype(np.float32, copy=False)
+        block = pick_columns(read_block(spec, first_row, num_rows), spec).astype(np.float32, copy=False)
         if quantization == "int8":
             block = _rotate(block, h_HH)
         absmax = np.maximum(block.max(axis=1), -block.min(axis=1))
         _require_finite(spec, block, absmax)
         scale = np.maximum(absmax, np.float32(_MIN_ABSMAX)) / np.float32(largest)
         block /= scale[:, None]
-        q_host[first_row:end_row] = np.rint(block, out=block) if quantization == "int8" else block
-        scale_host[first_row:end_row] = scale
+        place_rows(q_host, spec, first_row, np.rint(block, out=block) if quantization == "int8" else block)
+        place_rows(scale_host, spec, first_row, scale)
 
     _run_blocks(pool, fill, spec)
     return QuantizedMatrix(put(spec.path, q_host, spec.axes), put(spec.path, scale_host, spec.axes[:1]))
@@ -362,8 +370,8 @@ def _float_type(spec: ParamSpec, dtype: str) -> np.dtype:
 def _list_arrays(spec: ParamSpec, dtype: str, quantization: str) -> list[tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of each array that a parameter is served as: the values, and the scales if quantised."""
     if _is_quantized(spec, quantization):
-        return [(spec.shape, QUANTIZED[quantization][0]), (spec.shape[:1], DTYPES["float32"])]
-    return [(spec.shape, _float_type(spec, dtype))]
+        return [(spec.served_shape, QUANTIZED[quantization][0]), (spec.served_shape[:1], DTYPES["float32"])]
+    return [(spec.served_shape, _float_type(spec, dtype))]
 
 
 def _served_bytes(spec: ParamSpec, dtype: str, quantization: str) -> int:
@@ -378,10 +386,10 @@ def _num_threads() -> int:
     return min(num_cores, _MAX_THREADS)
 
 
-def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """np.empty that starts on a multiple of _ALIGNMENT bytes."""
+def _allocate(spec: ParamSpec, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that starts on a multiple of _ALIGNMENT bytes; of zeros, if the checkpoint may not fill it."""
     num_bytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(num_bytes + _ALIGNMENT, np.uint8)
+    raw = (np.zeros if spec.cuts else np.empty)(num_bytes + _ALIGNMENT, np.uint8)
     skip = -raw.ctypes.data % _ALIGNMENT
     return raw[skip : skip + num_bytes].view(dtype).reshape(shape)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.kernels_pallas.sampling.noise import LARGEST_NOISE, gumbel, row_keys
+from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 
 BLOCK_TOKENS = 128  # of the vocabulary, for which noise is drawn or not
 BLOCKS_AT_ONCE = 64
@@ -29,6 +30,8 @@ def choose_tokens(
     min_p_B: jax.Array,
     seed_B: jax.Array,
     position_B: jax.Array,
+    *,
+    shards: Shards = ONE_DEVICE,
 ) -> tuple[jax.Array, jax.Array]:
     """The token ids, int32 [B], and the largest logit of each row, which is NaN if any of its logits is.
 
@@ -36,21 +39,26 @@ def choose_tokens(
     Temperature 0 means the largest logit, the lowest id among equals; top_k 0 means all, top_p 1 and min_p 0
     likewise. Ties with the k-th largest are kept. The token of a row whose largest logit is not finite
     means nothing.
+
+    Each of several `shards` has some of the vocabulary and gets the tokens of all of it: what one device
+    would choose, but for the rounding of top-p's sums. They exchange the best token of each; where a row asks
+    for top-k or top-p their likely tokens, and if it must look further a number a pass of the bisection.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     largest_B, greedy_B = _find_largest(logits_BV)
+    largest_B, greedy_B = _agree(largest_B, greedy_B + shards.find_first(logits_BV.shape[1]), shards)
     is_greedy_B = temperature_B == 0
 
     def draw() -> jax.Array:
-        kept_BV = _keep_likely(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B)
-        drawn_B = _draw_tokens(kept_BV, greedy_B, row_keys(seed_B, position_B), ~is_greedy_B)
+        kept_BV = _keep_likely(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, shards)
+        drawn_B = _draw_tokens(kept_BV, greedy_B, row_keys(seed_B, position_B), ~is_greedy_B, shards)
         return jnp.where(is_greedy_B, greedy_B, drawn_B)
 
     return jax.lax.cond(jnp.all(is_greedy_B), lambda: greedy_B, draw), largest_B
 
 
 def _draw_tokens(
-    kept_BV: jax.Array, greedy_B: jax.Array, key_B2: jax.Array, is_drawn_B: jax.Array
+    kept_BV: jax.Array, greedy_B: jax.Array, key_B2: jax.Array, is_drawn_B: jax.Array, shards: Shards
 ) -> jax.Array:
     """The id with the largest sum of logit and noise, the lowest among equals; of rows that are drawn.
 
@@ -58,6 +66,7 @@ def _draw_tokens(
     it to the top. Only blocks with a token that does not are looked at: the noise of 32 rows of 152k logits
     takes two cores as long as the model's step.
     """
+    first_id = shards.find_first(kept_BV.shape[1])
     kept_BNW = _cut_into_blocks(kept_BV)
     num_rows, num_blocks, _ = kept_BNW.shape
     to_beat_B = gumbel(key_B2[:, 0], key_B2[:, 1], greedy_B.astype(jnp.uint32))  # its logit is 0
@@ -70,11 +79,11 @@ def _draw_tokens(
         best_BN, id_BN = best
         place_E = jax.lax.dynamic_slice_in_dim(place_P, index * BLOCKS_AT_ONCE, BLOCKS_AT_ONCE)
         row_E, block_E = jnp.divmod(place_E, num_blocks)  # row B where there is none; it writes nothing
-        id_EW = block_E[:, None] * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
+        id_EW = first_id + block_E[:, None] * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
         key_E2 = key_B2.at[row_E].get(mode="clip")
         noise_EW = gumbel(key_E2[:, :1], key_E2[:, 1:], id_EW.astype(jnp.uint32))
         best_E, place_in_block_E = _find_largest(kept_BNW.at[row_E, block_E].get(mode="clip") + noise_EW)
-        id_E = block_E * BLOCK_TOKENS + place_in_block_E
+        id_E = first_id + block_E * BLOCK_TOKENS + place_in_block_E
         best_BN = best_BN.at[row_E, block_E].set(best_E, mode="drop")
         return best_BN, id_BN.at[row_E, block_E].set(id_E, mode="drop")
 
@@ -83,8 +92,9 @@ def _draw_tokens(
     best_BN, id_BN = jax.lax.fori_loop(
         0, num_visits, draw_blocks, (nothing_BN, jnp.zeros((num_rows, num_blocks), jnp.int32))
     )
-    block_B = jnp.clip(_find_largest(best_BN)[1], 0, num_blocks - 1)
-    return jnp.take_along_axis(id_BN, block_B[:, None], axis=1)[:, 0]
+    best_B, block_B = _find_largest(best_BN)
+    block_B = jnp.clip(block_B, 0, num_blocks - 1)
+    return _agree(best_B, jnp.take_along_axis(id_BN, block_B[:, None], axis=1)[:, 0], shards)[1]
 
 
 def _keep_likely(
@@ -93,22 +103,23 @@ def _keep_likely(
     top_k_B: jax.Array,
     top_p_B: jax.Array,
     min_p_B: jax.Array,
+    shards: Shards,
 ) -> jax.Array:
     """The scaled logits, 0 at their largest, and -inf where cut: top-k, top-p of what remains, then min-p."""
     is_drawn_B = temperature_B > 0
     scaled_BV = logits_BV / jnp.where(is_drawn_B, temperature_B, 1.0)[:, None]
-    scaled_BV = scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True)
+    scaled_BV = scaled_BV - shards.find_largest(jnp.max(scaled_BV, axis=-1, keepdims=True))
     top_k_B, top_p_B = jnp.where(is_drawn_B, top_k_B, 0), jnp.where(is_drawn_B, top_p_B, 1.0)
     is_cut_B = (top_k_B > 0) | (top_p_B < 1)
 
     def find_floor() -> jax.Array:
-        likely_BC, rest_B = _find_likely(scaled_BV)
-        mass_B = jnp.sum(jnp.exp(scaled_BV), axis=-1)
-        floor_B = _find_floor(likely_BC, top_k_B, top_p_B, mass_B)
+        likely_BC, rest_B = _find_likely(scaled_BV, shards)
+        mass_B = shards.add(jnp.sum(jnp.exp(scaled_BV), axis=-1))
+        floor_B = _find_floor(likely_BC, top_k_B, top_p_B, mass_B, ONE_DEVICE)
         is_beyond_B = is_cut_B & (floor_B <= rest_B)
         return jax.lax.cond(
             jnp.any(is_beyond_B),
-            lambda: _find_floor(scaled_BV, top_k_B, top_p_B, mass_B),
+            lambda: _find_floor(scaled_BV, top_k_B, top_p_B, mass_B, shards),
             lambda: floor_B,
         )
 
@@ -118,19 +129,23 @@ def _keep_likely(
     return jnp.where(scaled_BV >= floor_B[:, None], scaled_BV, -jnp.inf)
 
 
-def _find_likely(scaled_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _find_likely(scaled_BV: jax.Array, shards: Shards) -> tuple[jax.Array, jax.Array]:
     """The logits of the blocks with the largest maxima, [B, C], and the largest of all others, which is -inf
-    where there are none. A floor above that is the floor of the whole row."""
+    where there are none. A floor above that is the floor of the whole row. Shards each give their part of the
+    blocks, and all get those of all."""
     blocks_BNW = _cut_into_blocks(scaled_BV)
     num_rows, num_blocks, _ = blocks_BNW.shape
-    if num_blocks <= LIKELY_BLOCKS:
-        return scaled_BV, jnp.full(num_rows, -jnp.inf)
-    max_BJ, block_BJ = jax.lax.top_k(jnp.max(blocks_BNW, axis=2), LIKELY_BLOCKS + 1)
+    num_likely = shards.count_own(LIKELY_BLOCKS)
+    if num_blocks <= num_likely:
+        return shards.join(scaled_BV), jnp.full(num_rows, -jnp.inf)
+    max_BJ, block_BJ = jax.lax.top_k(jnp.max(blocks_BNW, axis=2), num_likely + 1)
     likely_BJW = jnp.take_along_axis(blocks_BNW, block_BJ[:, :-1, None], axis=1)
-    return likely_BJW.reshape(num_rows, -1), max_BJ[:, -1]
+    return shards.join(likely_BJW.reshape(num_rows, -1)), shards.find_largest(max_BJ[:, -1])
 
 
-def _find_floor(scaled_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, mass_B: jax.Array) -> jax.Array:
+def _find_floor(
+    scaled_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, mass_B: jax.Array, shards: Shards
+) -> jax.Array:
     """The smallest logit that a row keeps: at least the k-th largest, and at least the one down to which
     top_p of the mass lies that top-k left; -inf for a row that asks for neither.
 
@@ -138,11 +153,11 @@ def _find_floor(scaled_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, ma
     """
     nothing_cut_B = jnp.full_like(top_p_B, -jnp.inf)
     top_k_floor_B = jax.lax.cond(
-        jnp.any(top_k_B > 0), lambda: _top_k_floor(scaled_BV, top_k_B), lambda: nothing_cut_B
+        jnp.any(top_k_B > 0), lambda: _top_k_floor(scaled_BV, top_k_B, shards), lambda: nothing_cut_B
     )
     top_p_floor_B = jax.lax.cond(
         jnp.any(top_p_B < 1),
-        lambda: _top_p_floor(scaled_BV, top_p_B, top_k_floor_B, mass_B),
+        lambda: _top_p_floor(scaled_BV, top_p_B, top_k_floor_B, mass_B, shards),
         lambda: nothing_cut_B,
     )
     return jnp.maximum(top_k_floor_B, top_p_floor_B)
@@ -168,25 +183,44 @@ def _find_largest(x_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.where(id_B < 0, jnp.nan, largest_B), id_B
 
 
-def _top_k_floor(scaled_BV: jax.Array, top_k_B: jax.Array) -> jax.Array:
+def _agree(largest_B: jax.Array, id_B: jax.Array, shards: Shards) -> tuple[jax.Array, jax.Array]:
+    """The largest of what each device found, and its id in the whole vocabulary, the lowest among equals; NaN
+    and -1 if any found a NaN. One all-gather."""
+    if shards.num_devices == 1:
+        return largest_B, id_B
+    both_2B = jnp.stack([jax.lax.bitcast_convert_type(largest_B, jnp.int32), id_B])
+    bits_NB, id_NB = jnp.moveaxis(shards.stack(both_2B), 1, 0)  # here N devices
+    largest_NB = jax.lax.bitcast_convert_type(bits_NB, jnp.float32)
+    is_nan_B = jnp.any(jnp.isnan(largest_NB), axis=0)
+    largest_B = jnp.max(jnp.where(is_nan_B, -jnp.inf, largest_NB), axis=0)
+    id_B = jnp.min(jnp.where(largest_NB == largest_B, id_NB, jnp.iinfo(jnp.int32).max), axis=0)
+    return jnp.where(is_nan_B, jnp.nan, largest_B), jnp.where(is_nan_B, -1, id_B)
+
+
+def _top_k_floor(scaled_BV: jax.Array, top_k_B: jax.Array, shards: Shards) -> jax.Array:
     """The k-th largest value of each row; -inf where top_k is 0. Ties with it are kept."""
 
     def enough(floor_B: jax.Array) -> jax.Array:
-        return jnp.sum(scaled_BV >= floor_B[:, None], axis=-1, dtype=jnp.int32) >= top_k_B
+        return shards.add(jnp.sum(scaled_BV >= floor_B[:, None], axis=-1, dtype=jnp.int32)) >= top_k_B
 
     return jnp.where(top_k_B > 0, _largest_floor(enough, top_k_B.shape[0]), -jnp.inf)
 
 
 def _top_p_floor(
-    scaled_BV: jax.Array, top_p_B: jax.Array, top_k_floor_B: jax.Array, mass_B: jax.Array
+    scaled_BV: jax.Array,
+    top_p_B: jax.Array,
+    top_k_floor_B: jax.Array,
+    mass_B: jax.Array,
+    shards: Shards,
 ) -> jax.Array:
     """The largest value whose upper set holds at least top_p of the mass that top-k left."""
     mass_BV = jnp.where(scaled_BV >= top_k_floor_B[:, None], jnp.exp(scaled_BV), 0.0)
-    left_B = jnp.where(top_k_floor_B > -jnp.inf, jnp.sum(mass_BV, axis=-1), mass_B)
+    left_B = jnp.where(top_k_floor_B > -jnp.inf, shards.add(jnp.sum(mass_BV, axis=-1)), mass_B)
     wanted_B = top_p_B * left_B
 
     def enough(floor_B: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(scaled_BV >= floor_B[:, None], mass_BV, 0.0), axis=-1) >= wanted_B
+        above_B = jnp.sum(jnp.where(scaled_BV >= floor_B[:, None], mass_BV, 0.0), axis=-1)
+        return shards.add(above_B) >= wanted_B
 
     return jnp.where(top_p_B < 1, _largest_floor(enough, top_p_B.shape[0]), -jnp.inf)
 

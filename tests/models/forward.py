@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,28 +10,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 
 from jaxserve.kernels_pallas.dispatch import XLA_KERNELS
+from jaxserve.kernels_pallas.shards import TENSOR, Shards
 from jaxserve.models.interface import KVLayer, StepBatch
 from jaxserve.models.registry import find_family
 from jaxserve.weights.loader import load_params
+from jaxserve.weights.placement import ALONE, Placement
 from jaxserve.weights.resolve import resolve_model
 
 PAGE_SIZE = 8
 
 
-def load_model(path: Path | str, dtype: str = "float32", quantization: str = "none") -> Any:
-    """The model of a checkpoint, ready to call."""
+def load_model(
+    path: Path | str, dtype: str = "float32", quantization: str = "none", placement: Placement = ALONE
+) -> Any:
+    """The model of a checkpoint, ready to call; a part of it for each device, if `placement` has several."""
     files = resolve_model(str(path), on_progress=lambda *_: None)
     family = find_family(files.hf_config)
     cfg = family.Config.from_hf(files.hf_config)
+    division = family.divide(cfg, placement.num_devices)
     params = load_params(
-        files, family.param_specs(cfg), dtype=dtype, quantization=quantization, on_progress=lambda *_: None
+        files,
+        division.cut_specs(family.param_specs(cfg)),
+        dtype=dtype,
+        quantization=quantization,
+        on_progress=lambda *_: None,
+        put=placement.put,
     )
-    return family.Model(cfg, params, XLA_KERNELS)
+    kernels = replace(XLA_KERNELS, shards=Shards(placement.num_devices))
+    return family.Model(division.local_cfg, params, kernels)
 
 
-def compute_logits(model: Any, token_ids: list[int], chunk_tokens: int | None = None) -> np.ndarray:
+def compute_logits(
+    model: Any, token_ids: list[int], chunk_tokens: int | None = None, placement: Placement = ALONE
+) -> np.ndarray:
     """Logits at every position of one sequence, float32 [tokens, vocabulary].
 
     With `chunk_tokens` the sequence is computed in chunks of so many tokens; a chunk of one token is
@@ -39,16 +54,18 @@ def compute_logits(model: Any, token_ids: list[int], chunk_tokens: int | None = 
     cfg = model.cfg
     num_pages = -(-len(token_ids) // PAGE_SIZE)
     table = np.arange(num_pages, 0, -1, dtype=np.int32)
-    shape_PSKH = (num_pages + 1, PAGE_SIZE, cfg.num_kv_heads, cfg.head_dim)
+    shape_PSKH = (num_pages + 1, PAGE_SIZE, cfg.num_kv_heads * placement.num_devices, cfg.head_dim)
     kv = [KVLayer(jnp.zeros(shape_PSKH), jnp.zeros(shape_PSKH)) for _ in range(cfg.num_layers)]
     graphdef, params = nnx.split(model)
 
     def run(params, batch: StepBatch, kv: list[KVLayer]) -> tuple[jax.Array, list[KVLayer]]:
         model = nnx.merge(graphdef, params)
         x_TD, kv = model(batch, kv)
-        return model.compute_logits(x_TD), kv
+        return model.kernels.shards.join(model.compute_logits(x_TD))[:, : cfg.vocab_size], kv
 
-    step = jax.jit(run)
+    everywhere, by_head = PartitionSpec(), PartitionSpec(None, None, TENSOR)
+    param_specs = None if placement.mesh is None else jax.tree.map(lambda x: x.sharding.spec, params)
+    step = jax.jit(placement.spread(run, (param_specs, everywhere, by_head), (everywhere, by_head)))
     logits = []
     chunk_tokens = chunk_tokens or len(token_ids)
     for start in range(0, len(token_ids), chunk_tokens):

@@ -76,6 +76,22 @@ def test_greedy_continuations_are_identical(real):
     assert num_identical >= 20
 
 
+def test_four_devices_continue_as_one():
+    """14 query heads and 2 KV heads on four devices: KV heads are held twice, and query heads filled up."""
+    files = resolve_model(MODEL_PATHS[QWEN], on_progress=lambda *_: None)
+    goldens = list(read_real_goldens(QWEN).values())[:8]
+
+    async def scenario():
+        flags = {"tp_size": 4, "max_running_requests": 8, "context_length": 512}
+        async with start_engine(str(files.files[0]), **flags) as engine:
+            asked = (engine.generate(golden.name, golden.prompt_ids, max_new_tokens=32) for golden in goldens)
+            return await asyncio.gather(*asked)
+
+    answers = asyncio.run(asyncio.wait_for(scenario(), 900))
+    for golden, deltas in zip(goldens, answers, strict=True):
+        assert token_ids(deltas) == golden.greedy_ids[:32], golden.name
+
+
 def test_beams_are_those_of_transformers():
     """On prompts where its search and ours have one answer: scripts/make_beam_goldens.py says when."""
     files = resolve_model(MODEL_PATHS[SMOLLM2], on_progress=lambda *_: None)

@@ -8,7 +8,14 @@ import pytest
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
-from jaxserve.runner.sizing import GIB, Machine, choose_precision, choose_sizes
+from jaxserve.runner.sizing import (
+    GIB,
+    Machine,
+    check_devices,
+    choose_precision,
+    choose_sizes,
+    share_machine,
+)
 
 LAPTOP = Machine(platform="cpu", num_devices=1, memory_bytes=16 * GIB, free_bytes=10 * GIB)
 H200 = Machine(platform="gpu", num_devices=1, memory_bytes=139 * GIB, free_bytes=139 * GIB)
@@ -100,6 +107,21 @@ def test_a_context_beyond_the_model_is_refused():
         size(LAPTOP, context_length=65536)
 
 
-def test_several_devices_are_refused_until_they_are_served():
-    with pytest.raises(ConfigError, match="not served in this version"):
-        size(H200, tp_size=2)
+def test_more_devices_than_there_are_are_refused_with_what_would_help():
+    asked = ServerConfig(model_path="m", tp_size=4)
+    with pytest.raises(ConfigError, match=r"tp_size is 4, and JAX finds 1 gpu device\. Lower it"):
+        check_devices(asked, H200)
+    with pytest.raises(
+        ConfigError, match=r"finds 1 cpu device\. .* JAX_NUM_CPU_DEVICES=4 or XLA_FLAGS=--xla"
+    ):
+        check_devices(asked, LAPTOP)
+    check_devices(asked, replace(LAPTOP, num_devices=8))
+    with pytest.raises(ConfigError, match="dp_size above 1 is not served"):
+        check_devices(ServerConfig(model_path="m", dp_size=2), replace(H200, num_devices=8))
+
+
+def test_devices_that_are_one_cpu_share_its_memory():
+    shared = share_machine(LAPTOP, 4)
+    assert (shared.memory_bytes, shared.free_bytes) == (4 * GIB, 2.5 * GIB)
+    assert share_machine(H200, 4) == H200
+    assert size(shared, tp_size=4).num_tokens < size(LAPTOP).num_tokens

@@ -169,7 +169,7 @@ def test_progress_counts_served_bytes_to_the_end(tmp_path: Path) -> None:
 def test_what_will_be_loaded_is_described_before_it_is(tmp_path: Path, dtype: str, quantization: str) -> None:
     """Programs are compiled for the description, and the pool is sized by it, while the files are read."""
     tiny.write_tiny_checkpoint(tmp_path, "qwen2")
-    precision = {"dtype": dtype, "quantization": quantization}
+    precision: dict[str, Any] = {"dtype": dtype, "quantization": quantization}
     params = load(tmp_path, "qwen2", **precision)
     described = describe_params(specs_of("qwen2"), **precision)
     assert jax.tree.structure(described) == jax.tree.structure(params)

@@ -1,0 +1,54 @@
+"""Where rows and columns of a checkpoint's parameter go among those of the served one. Used by loader.py.
+
+One device is served what the checkpoint holds. Where devices share a parameter, the parts of all lie behind
+each other along the axis that is cut (models/sharding.py), so that each device's part is a slice. Every block
+of a checkpoint is read once, whoever holds it: rows that several devices hold are written several times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from jaxserve.models.interface import Cut, ParamSpec
+
+
+def place_rows(host: np.ndarray, spec: ParamSpec, first_row: int, block: np.ndarray) -> None:
+    """Write rows `first_row` and following of the checkpoint's parameter to their places in `host`, which
+    holds the served one, or its scales; `block` has the served columns."""
+    cut = spec.cuts[0] if spec.cuts else None
+    if cut is None:
+        host[first_row : first_row + len(block)] = block
+        return
+    for source, target, length in list_pieces(cut):
+        start, end = max(first_row, source), min(first_row + len(block), source + length)
+        if start < end:
+            host[target + start - source : target + end - source] = block[start - first_row : end - first_row]
+
+
+def pick_columns(block: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """Rows of the checkpoint's parameter with the served columns: those of each device together."""
+    cut = spec.cuts[1] if len(spec.cuts) > 1 else None
+    if cut is None:
+        return block
+    served = np.zeros((len(block), cut.served_length), block.dtype)
+    for source, target, length in list_pieces(cut):
+        served[:, target : target + length] = block[:, source : source + length]
+    return served
+
+
+def count_own_columns(spec: ParamSpec) -> int:
+    """Columns of a matrix that one device holds."""
+    cut = spec.cuts[1] if spec.cuts else None
+    return spec.shape[1] if cut is None else cut.own_length
+
+
+def list_pieces(cut: Cut) -> Iterator[tuple[int, int, int]]:
+    """(first index in the checkpoint's axis, first index in the served one, length) of all but the zeros."""
+    target = 0
+    for runs in cut.runs_by_device:
+        for run in runs:
+            if run.start is not None:
+                yield run.start, target, run.length
+            target += run.length
