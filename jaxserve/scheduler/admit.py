@@ -8,9 +8,10 @@ nothing of decode rows, results or devices.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.scheduler.beams import count_first_pages, count_soon_pages
+from jaxserve.scheduler.images import ImagePass, find_rows
 from jaxserve.scheduler.plan import PrefillChunk, SlotInit, StepLimits
 from jaxserve.scheduler.prefix_cache import Node
 from jaxserve.scheduler.queue_order import count_pass, find_match, order_queue
@@ -30,10 +31,10 @@ class Offer:
 
 
 def plan_prefill(
-    state: SchedulerState, limits: StepLimits
+    state: SchedulerState, limits: StepLimits, images: ImagePass | None = None
 ) -> tuple[tuple[SlotInit, ...], tuple[PrefillChunk, ...]]:
     """Plan the step's chunks, oldest prefill first, and the slots given out for them."""
-    offers = _gather_offers(state, limits)
+    offers = _gather_offers(state, limits, images)
     usable_buckets = [bucket for bucket in limits.token_buckets if bucket <= limits.max_chunk_tokens]
     num_left = fill_bucket(sum(offer.num_tokens for offer in offers), usable_buckets)
     inits: list[SlotInit] = []
@@ -44,7 +45,7 @@ def plan_prefill(
         seq = offer.seq
         if num_tokens == 0:  # left for the next step by the bucket
             if offer.page_ids is not None:
-                state.cache.release(offer.node, seq.token_ids, offer.page_ids, 0, seq.cache_salt)
+                state.cache.release(offer.node, seq.cache_ids, offer.page_ids, 0, seq.cache_salt)
             continue
         if offer.page_ids is not None:
             inits += _admit(state, seq, offer.node, offer.page_ids)
@@ -66,7 +67,7 @@ def fill_bucket(num_tokens: int, buckets: list[int]) -> int:
     return max(bucket for bucket in buckets if bucket <= num_tokens)
 
 
-def _gather_offers(state: SchedulerState, limits: StepLimits) -> list[Offer]:
+def _gather_offers(state: SchedulerState, limits: StepLimits, images: ImagePass | None) -> list[Offer]:
     budget = limits.max_chunk_tokens
     budget = max((bucket for bucket in limits.token_buckets if bucket <= budget), default=budget)
     offers: list[Offer] = []
@@ -76,23 +77,27 @@ def _gather_offers(state: SchedulerState, limits: StepLimits) -> list[Offer]:
     for seq in in_progress[: limits.max_chunks]:
         room = (len(seq.page_ids) + num_available) * state.page_size - seq.num_planned
         num_tokens = min(seq.prefill_end - seq.num_planned, room, budget)
+        if images is not None and num_tokens > 0:
+            num_tokens = images.limit(seq.images, seq.num_planned, num_tokens)
         if num_tokens > 0:
             num_available -= state.pages_for(seq.num_planned + num_tokens) - len(seq.page_ids)
             budget -= num_tokens
             offers.append(Offer(seq=seq, num_tokens=num_tokens, node=seq.tail))
     if state.waiting:
-        _gather_admissions(state, limits, budget, offers)
+        _gather_admissions(state, limits, budget, offers, images)
     return offers
 
 
-def _gather_admissions(state: SchedulerState, limits: StepLimits, budget: int, offers: list[Offer]) -> None:
+def _gather_admissions(
+    state: SchedulerState, limits: StepLimits, budget: int, offers: list[Offer], images: ImagePass | None
+) -> None:
     """Append the requests that may enter to `offers`, in the order of queue_order.py.
 
     A request enters if the pages nobody has a claim on hold all its known tokens and one page to grow.
     Running sequences claim what their prefill lacks and one page to grow, so that an admission does not
     bring about a retraction a moment later. When nothing runs nothing is claimed, and the first in that order
     fits: `add` saw to it that any request fits the whole pool. If the first does not fit, nobody after it
-    enters. Only a request that is held for another's prefill is passed over.
+    enters. Only a request that is held for another's prefill, or for an image of its own, is passed over.
     """
     max_rows = min(limits.max_rows, state.max_rows)
     num_slots = max_rows - (state.max_rows - len(state.free_slots))
@@ -120,8 +125,14 @@ def _gather_admissions(state: SchedulerState, limits: StepLimits, budget: int, o
             num_wanted += state.cache.count_unused(node, most=num_unclaimed - num_wanted)
         if num_wanted > num_unclaimed:
             return
+        start = node.depth * state.page_size
+        num_tokens = min(seq.num_known - start, budget)
+        if images is not None:
+            num_tokens = images.limit(seq.images, start, num_tokens)
+            if num_tokens == 0:
+                num_held += 1
+                continue
         num_unclaimed -= num_wanted
-        num_tokens = min(seq.num_known - node.depth * state.page_size, budget)
         budget -= num_tokens
         num_slots -= seq.params.beam_width
         offers.append(Offer(seq=seq, num_tokens=num_tokens, node=node, page_ids=state.cache.lock(node)))
@@ -160,7 +171,7 @@ def _find_leader(state: SchedulerState, seq: Seq, node: Node, offers: list[Offer
         leader = offer.seq
         start = end = node.depth * size
         limit = min(seq.num_cacheable_tokens, leader.num_known) // size * size
-        while end < limit and seq.token_ids[end : end + size] == leader.token_ids[end : end + size]:
+        while end < limit and seq.cache_ids[end : end + size] == leader.cache_ids[end : end + size]:
             end += size
         if end > start and seq.cache_salt == leader.cache_salt:
             return PrefillLead(seq=leader, epoch=leader.epoch, num_tokens=end)
@@ -190,7 +201,10 @@ def _admit(state: SchedulerState, seq: Seq, node: Node, page_ids: list[int]) -> 
         params=seq.params,
         prompt_ids=seq.token_ids[: seq.num_prompt_tokens],
         output_ids=seq.token_ids[seq.num_prompt_tokens :],
+        grids=tuple(placed.image.grid for placed in seq.images),
     )
+    if seq.images:  # whose positions every beam goes on from
+        return [init, *(replace(init, slot=slot) for slot in seq.beam_slots)]
     return [init, *(SlotInit(slot, seq.params, [], []) for slot in seq.beam_slots)]
 
 
@@ -201,7 +215,7 @@ def _plan_chunk(state: SchedulerState, seq: Seq, num_tokens: int) -> PrefillChun
     # The full pages are made known before they are computed. That does no harm: whatever becomes of the
     # request, this plan is launched before any plan made after it. Nor does anyone read in this step
     # what another chunk of it writes, for the matches of this step were made before its chunks.
-    seq.tail = state.cache.extend(seq.tail, seq.token_ids, seq.page_ids, end, seq.cache_salt)
+    seq.tail = state.cache.extend(seq.tail, seq.cache_ids, seq.page_ids, end, seq.cache_salt)
     samples = end == seq.prefill_end and seq.params.max_new_tokens > 0
     score_rows = _take_score_rows(seq, end)
     seq.num_planned = end
@@ -217,6 +231,7 @@ def _plan_chunk(state: SchedulerState, seq: Seq, num_tokens: int) -> PrefillChun
         samples=samples,
         score_places=[row - start for row in score_rows],
         score_targets=[seq.token_ids[row + 1] for row in score_rows],
+        feature_rows=find_rows(state.features, seq.images, start, end) if seq.images else [],
     )
 
 

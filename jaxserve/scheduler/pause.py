@@ -34,7 +34,7 @@ def forget_cache(state: SchedulerState, era: int) -> None:
     `era` is one more than the last time. Pages in use stay with those who use them, under the old salt, and
     go when they are not used. Every request must be added under `salted(..., era)`, 0 at first.
     """
-    state.cache.clear()
+    state.clear_caches()
     for seq in state.waiting:
         seq.cache_salt = salted(seq.cache_salt.partition("|")[2], era)
         seq.match, seq.match_stamp = None, -1

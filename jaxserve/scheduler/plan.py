@@ -25,6 +25,7 @@ import msgspec
 from jaxserve.types import TokenParams, TokenScores
 
 NO_TOKEN = -1
+NO_ROW = -1  # of a token that is text
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class SlotInit:
     params: TokenParams
     prompt_ids: list[int]
     output_ids: list[int]  # not empty when the sequence was retracted before
+    grids: tuple[tuple[int, int, int], ...] = ()  # of the prompt's images, in their order
 
 
 class DecodeRow(msgspec.Struct, frozen=True):
@@ -59,6 +61,8 @@ class PrefillChunk:
     # head for each, so these are exactly the rows that the request wants.
     score_places: list[int] = field(default_factory=list)
     score_targets: list[int] = field(default_factory=list)
+    # Of each token, where the features that stand for it are, or NO_ROW; [] if no token is of an image.
+    feature_rows: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,16 @@ class PageCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageEncode:
+    """An image that the vision tower reads before the step's rows run; its features go to `rows`."""
+
+    content_id: str
+    grid: tuple[int, int, int]  # patches in time, down and across
+    patches: bytes  # uint8
+    rows: list[int]  # one a token
+
+
+@dataclass(frozen=True, slots=True)
 class StepPlan:
     step: int
     inits: tuple[SlotInit, ...]
@@ -87,6 +101,7 @@ class StepPlan:
     tables: tuple[PageTable, ...] = ()
     copies: tuple[PageCopy, ...] = ()
     num_waiting: int = 0  # requests that found no place in it
+    encode: ImageEncode | None = None
 
     @property
     def num_chunk_tokens(self) -> int:
@@ -94,7 +109,7 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
-        return not self.decode and not self.chunks
+        return not self.decode and not self.chunks and self.encode is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +130,7 @@ class StepLimits:
     row_buckets: tuple[int, ...] = ()
     row_costs: tuple[float, ...] = ()
     wait_cost: float = 0.0
+    max_image_patches: int = 0  # of an image that the vision programs can encode
 
     def can_run(self, num_rows: int) -> bool:
         """Whether the programs allow a request of so many rows: the beams of a search, or one."""

@@ -79,7 +79,7 @@ def find_match(state: SchedulerState, seq: Seq, max_lookups: int | None = None) 
     if known is not None and known.is_cached and seq.match_stamp == cache.num_attached:
         return known  # nothing was cached since
     node = cache.match(
-        seq.token_ids, seq.cache_salt, seq.num_cacheable_tokens, known=known, max_lookups=max_lookups
+        seq.cache_ids, seq.cache_salt, seq.num_cacheable_tokens, known=known, max_lookups=max_lookups
     )
     seq.match = node
     is_certain = max_lookups is None or node.depth - (known.depth if known else 0) < max_lookups

@@ -22,7 +22,7 @@ Why it ends. `_secure_oldest` gives the oldest running sequence its next page be
 from the others if need be; if it is a beam search, `_plan_decode_rows` gives it all the pages of its next
 step, taking from those who got theirs before it too. It is never a victim itself; so as long as it has
 anything left to plan it gets at least one token further in every step (a search in every step that finds
-none of its rows in flight), and it fits the pool by `add`.
+none of its rows in flight, a prompt in every second where the other encodes its image), and it fits by `add`.
 Only the admission of a still older one takes this place from it, which happens at most once for each older
 request. When it has ended, the same holds for the next oldest; when nothing runs the head of the queue is
 admitted. So every request ends, and there is never a lack of pages to raise an error for.
@@ -34,8 +34,10 @@ import bisect
 import dataclasses
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.images import PlacedImage
 from jaxserve.scheduler import beams
 from jaxserve.scheduler.admit import plan_prefill
+from jaxserve.scheduler.images import begin_images, check_images
 from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, StepLimits, StepPlan, StepResult
 from jaxserve.scheduler.speculate import add_drafts, choose_drafts, is_verifying, settle_draft
 from jaxserve.scheduler.state import SchedulerState, Seq, SeqStatus, has_work, make_delta
@@ -52,12 +54,13 @@ def add(
     params: TokenParams,
     priority: int = 0,
     cache_salt: str = "",
+    images: tuple[PlacedImage, ...] = (),
 ) -> None:
     """Queue a request: higher priority first, then by arrival (queue_order.py may prefer cached prefixes).
 
     `params.max_new_tokens` is clipped so that the request fits the pool when it is alone there. Raises
-    InvalidRequestError for an empty prompt, one that the whole pool cannot hold, an id in use, or a beam
-    search that can never run.
+    InvalidRequestError for an empty prompt, one that the whole pool cannot hold, an id in use, or an image or
+    a beam search that can never run.
     """
     capacity = state.pool.num_usable * state.page_size
     num_prompt_tokens = len(prompt_ids)
@@ -72,6 +75,7 @@ def add(
             "Shorten the prompt, or start the server with a larger --max-total-tokens.",
             param="prompt",
         )
+    check_images(state.features, images)
     if params.beam_width > 1:
         params = beams.fit_search(state, num_prompt_tokens, params)
     if num_prompt_tokens + params.max_new_tokens > capacity:
@@ -86,6 +90,7 @@ def add(
         num_kv_tokens=num_prompt_tokens + max(params.max_new_tokens - 1, 0),
         token_ids=list(prompt_ids),
         tail=state.cache.root,
+        images=images,
     )
     state.next_seq_id += 1
     state.by_rid[rid] = seq
@@ -111,7 +116,8 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
     if limits.max_mixed_tokens is not None and (decode or searches):
         most = min(limits.max_chunk_tokens, limits.max_mixed_tokens)
         limits = dataclasses.replace(limits, max_chunk_tokens=most)
-    inits, chunks = plan_prefill(state, limits)
+    images = begin_images(state.features, limits, has_rows=bool(decode or searches))
+    inits, chunks = plan_prefill(state, limits, images)
     plan = StepPlan(
         step=state.num_steps,
         inits=inits,
@@ -120,9 +126,11 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
         tables=tuple(table for search in searches.values() for table in search.tables),
         copies=tuple(copy for search in searches.values() for copy in search.copies),
         num_waiting=len(state.waiting),
+        encode=None if images is None else images.encode,
     )
     if not plan.is_empty:
         state.num_steps += 1
+        state.num_encoded_images += plan.encode is not None
     return plan
 
 
@@ -197,14 +205,13 @@ def flush(state: SchedulerState) -> bool:
     """Empty the prefix cache, if nothing runs or waits; returns whether it did."""
     if has_work(state):
         return False
-    state.cache.clear()
+    state.clear_caches()
     return True
 
 
 def retract_all(state: SchedulerState) -> int:
     """Put everything that runs back in the queue, its tokens kept; returns how many that were."""
-    seqs = list(state.running.values())
-    for seq in seqs:
+    for seq in (seqs := list(state.running.values())):
         _retract(state, seq)
     return len(seqs)
 
@@ -311,7 +318,7 @@ def _append_tokens(
     if results[0][0] == NO_TOKEN:
         return _fail(state, seq)
     token_ids = [token_id for token_id, _ in results]
-    seq.token_ids += token_ids
+    seq.append(token_ids)
     seq.num_in_flight -= len(results)
     state.num_generated_tokens += len(results)
     finish = _why_end(seq.params, token_ids[-1], seq.num_output_tokens)
@@ -380,9 +387,8 @@ def _release(state: SchedulerState, seq: Seq) -> None:
     del state.running[seq.seq_id]
     state.free_slots += [seq.slot, *seq.beam_slots]
     seq.beam_slots = []
-    state.cache.release(seq.tail, seq.token_ids, seq.page_ids, seq.num_reusable_tokens, seq.cache_salt)
-    seq.slot = -1
-    seq.page_ids = []
+    state.cache.release(seq.tail, seq.cache_ids, seq.page_ids, seq.num_reusable_tokens, seq.cache_salt)
+    seq.slot, seq.page_ids = -1, []
     seq.tail = state.cache.root
 
 

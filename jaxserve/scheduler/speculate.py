@@ -96,7 +96,9 @@ def _draft_rows(state: SchedulerState, row: DecodeRow, draft: Draft) -> list[Dec
     seq = draft.seq
     rows: list[DecodeRow] = []
     assert seq.lookup is not None
-    for token_id in seq.lookup.guess(seq.token_ids, draft.num_tokens):
+    for token_id in seq.lookup.guess(seq.cache_ids, draft.num_tokens):
+        if token_id < 0:  # of an image, which stands in a prompt only
+            break
         index = seq.num_planned // state.page_size
         if index == len(seq.page_ids):
             if state.cache.num_available <= len(state.running):
@@ -136,7 +138,7 @@ def _could_pay(limits: StepLimits, num_rows: int, most_rows: int) -> bool:
 def _read_tokens(seq: Seq, max_tokens: int) -> int:
     if seq.lookup is None:
         seq.lookup = Lookup()
-    return seq.lookup.read(seq.token_ids, seq.num_prompt_tokens, max_tokens)
+    return seq.lookup.read(seq.cache_ids, seq.num_prompt_tokens, max_tokens)
 
 
 def _list_chances(state: SchedulerState, seq: Seq) -> list[float]:

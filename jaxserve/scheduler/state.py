@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from jaxserve.images import PlacedImage
+from jaxserve.scheduler.features import FeatureCache
+from jaxserve.scheduler.images import find_cache_ids
 from jaxserve.scheduler.lookup import Lookup
 from jaxserve.scheduler.pages import PagePool
 from jaxserve.scheduler.prefix_cache import Node, PrefixCache
@@ -73,6 +76,7 @@ class Seq:
     num_kv_tokens: int  # positions that ever need KV; the last output token is sampled and never fed
     token_ids: list[int]  # prompt, then the output tokens known so far
     tail: Node  # of the prefix cache: the end of the part of our pages that is cached
+    images: tuple[PlacedImage, ...] = ()  # of the prompt, in their order
     status: SeqStatus = SeqStatus.WAITING
     slot: int = -1
     epoch: int = 0  # counts retractions; results planned in an earlier epoch are ignored
@@ -93,6 +97,17 @@ class Seq:
     num_passed: int = 0  # admissions before it while it is the front of its class (queue_order.py)
     beam_slots: list[int] = field(default_factory=list)  # beside `slot`, reserved at admission
     beams: list[Beam] = field(default_factory=list)  # best first
+    # What the prefix cache knows token_ids by: the same list, unless there are images.
+    cache_ids: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache_ids = find_cache_ids(self.token_ids, self.images) if self.images else self.token_ids
+
+    def append(self, token_ids: list[int]) -> None:
+        """More output tokens are known."""
+        self.token_ids += token_ids
+        if self.images:
+            self.cache_ids += token_ids
 
     @property
     def num_known(self) -> int:
@@ -195,6 +210,14 @@ class SchedulerState:
     max_drafts: int = 0  # guessed tokens for one sequence in one step; 0: no speculation
     num_drafted: int = 0  # guessed tokens verified
     num_accepted: int = 0  # guessed tokens that became output
+    features: FeatureCache | None = None  # None for a model that reads text only
+    num_encoded_images: int = 0
+
+    def clear_caches(self) -> None:
+        """Evict what nobody uses: pages, and the features of images, which nobody holds beyond a plan."""
+        self.cache.clear()
+        if self.features is not None:
+            self.features.clear()
 
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.page_size)
@@ -207,10 +230,12 @@ def new_state(
     use_prefix_cache: bool = True,
     prefers_cached: bool = True,
     max_drafts: int = 0,
+    num_feature_rows: int = 0,
 ) -> SchedulerState:
     """An idle scheduler over `num_pages` pages (page 0 is trash, so one less is used), `max_rows` slots.
 
-    With `max_drafts` it speculates: so many guessed tokens at most for a sequence in a step.
+    With `max_drafts` it speculates: so many guessed tokens at most for a sequence in a step. Of a model that
+    takes images the device holds the features of `num_feature_rows` image tokens.
     """
     assert page_size >= 1, f"page_size must be at least 1, got {page_size}"
     assert max_rows >= 1, f"max_rows must be at least 1, got {max_rows}"
@@ -225,6 +250,7 @@ def new_state(
         free_slots=free_slots,
         prefers_cached=prefers_cached,
         max_drafts=max_drafts,
+        features=FeatureCache(num_feature_rows) if num_feature_rows else None,
     )
 
 
@@ -290,6 +316,8 @@ def check_integrity(state: SchedulerState) -> None:
         owners[node.page_id] += 1
     state.pool.check_integrity(owners)
     state.cache.check_integrity()
+    if state.features is not None:
+        state.features.check_integrity()
     for seq_id, seq in state.running.items():
         assert seq_id == seq.seq_id, f"sequence {seq.seq_id} is filed under {seq_id}"
         _check_running(state, seq)

@@ -1,0 +1,81 @@
+"""FeatureCache: which rows of the device's feature array hold what the vision tower made of which image.
+
+Used by images.py. Rows are given in blocks, so that an image fits wherever there is room. Nothing is held
+across steps: an image stays until its rows are needed, the least recently used first, and one that went is
+encoded again. So a request that ends, however it does, has nothing to give back. Only what the plan at hand
+reads or writes is safe from the others (`begin_plan`); plans run in order, so what an earlier one reads was
+read before. Knows content ids and row numbers: nothing of images, requests or devices.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+BLOCK_ROWS = 64
+
+
+@dataclass(slots=True)
+class FeatureCache:
+    """Over `num_rows` rows, of which whole blocks can be used."""
+
+    num_rows: int
+    num_evicted: int = 0  # images that gave way to others since the start
+    _free: list[int] = field(init=False)  # first rows of free blocks; the last one is given next
+    _blocks: OrderedDict[str, list[int]] = field(init=False)  # by content id, least recently used first
+    _in_plan: set[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._blocks, self._in_plan = OrderedDict(), set()
+        self._free = list(range((self.num_rows // BLOCK_ROWS - 1) * BLOCK_ROWS, -1, -BLOCK_ROWS))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of the largest image that it can hold."""
+        return self.num_rows // BLOCK_ROWS * BLOCK_ROWS
+
+    def begin_plan(self) -> None:
+        """A plan is launched or thrown away: what it read may give way to what the next one needs."""
+        self._in_plan.clear()
+
+    def use(self, content_id: str) -> bool:
+        """Whether an image is there. If so, it stays for this plan."""
+        if content_id not in self._blocks:
+            return False
+        self._blocks.move_to_end(content_id)
+        self._in_plan.add(content_id)
+        return True
+
+    def allot(self, content_id: str, num_tokens: int) -> bool:
+        """Rows for an image that this plan encodes; False if what else it uses leaves too few."""
+        assert content_id not in self._blocks, f"image {content_id} is there already"
+        num_blocks = -(-num_tokens // BLOCK_ROWS)
+        idle = [other for other in self._blocks if other not in self._in_plan]
+        if num_blocks > len(self._free) + sum(len(self._blocks[other]) for other in idle):
+            return False
+        for other in idle:
+            if len(self._free) >= num_blocks:
+                break
+            self._free += self._blocks.pop(other)
+            self.num_evicted += 1
+        self._blocks[content_id] = [self._free.pop() for _ in range(num_blocks)]
+        self._in_plan.add(content_id)
+        return True
+
+    def rows(self, content_id: str, start: int, stop: int) -> list[int]:
+        """Where the features of an image's tokens from start to stop are."""
+        blocks = self._blocks[content_id]
+        return [blocks[place // BLOCK_ROWS] + place % BLOCK_ROWS for place in range(start, stop)]
+
+    def clear(self) -> None:
+        """Forget everything: the tower's weights, or the array, became others."""
+        for blocks in self._blocks.values():
+            self._free += blocks
+        self._blocks.clear()
+        self._in_plan.clear()
+
+    def check_integrity(self) -> None:
+        """Every block is free or of one image. Raises AssertionError."""
+        held = [block for blocks in self._blocks.values() for block in blocks]
+        wanted = list(range(0, self.capacity, BLOCK_ROWS))
+        assert sorted(held + self._free) == wanted, f"blocks {sorted(held + self._free)} are not {wanted}"
