@@ -142,6 +142,36 @@ class ServerConfig:
     )
     upload_timeout: float = _flag("Limits", "seconds for a request's body to arrive", default=120.0, low=1)
 
+    max_images_per_message: int = _flag(
+        "Images", "images in one message", default=8, low=0, aliases=("limit_image_per_prompt",)
+    )
+    max_images: int = _flag("Images", "images in one request", default=32, low=0)
+    max_image_size: int = _flag(
+        "Images", "bytes of an image's file", default=20 * 1024**2, low=1024, is_size=True
+    )
+    max_image_pixels: int = _flag(
+        "Images",
+        "pixels of an image after resizing; 784 make a token",
+        default=4096 * 784,
+        low=16 * 784,
+        high=16384 * 784,
+        is_size=True,
+    )
+    image_cache_tokens: int | None = _flag(
+        "Images",
+        "tokens of images whose features stay on the device [four of the largest images]",
+        default=None,
+        low=64,
+        is_size=True,
+    )
+    image_workers: int = _flag("Images", "processes that read image files", default=2, low=1, high=64)
+    allow_image_urls: bool = _flag(
+        "Images", "fetch images from http and https URLs that requests name", default=False
+    )
+    allowed_image_hosts: str | None = _flag(
+        "Images", "hosts to fetch from, separated by commas; .example.com is all within [any]", default=None
+    )
+
     page_size: int | None = _flag(
         "Memory and batching",
         "tokens in a KV page [128 on TPU, 64 on GPU, 16 on CPU]",

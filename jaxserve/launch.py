@@ -29,6 +29,7 @@ from jaxserve.errors import ConfigError, InvalidRequestError, JaxserveError
 from jaxserve.progress import Progress
 from jaxserve.server.app import create_app
 from jaxserve.server.decode import decode_body
+from jaxserve.server.images import ImageReader
 from jaxserve.server.sampling import read_native_sampling
 from jaxserve.server.schemas import SamplingBody
 from jaxserve.server.settings import ServerSettings, TextTools, read_sampling_defaults
@@ -37,6 +38,8 @@ from jaxserve.text.chat_template import load_chat_template
 from jaxserve.text.stop_regex import check_stop_regex
 from jaxserve.text.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.types import TokenParams
+from jaxserve.vision.limits import FetchRules, ImageLimits, read_image_form
+from jaxserve.vision.loader import ImageLoader
 from jaxserve.weights.resolve import ModelFiles, resolve_model
 
 LISTEN_BACKLOG = 1024
@@ -80,7 +83,7 @@ def _serve(
     supervisor = EngineSupervisor(config, local_model_path(files), client, engine_command, engine)
     tokenizer = read_tokenizer(config, files)  # while the engine loads
     logger.info("The tokenizer is ready after %.1f s.", time.perf_counter() - started_s)
-    text = TextTools(tokenizer=tokenizer, chat_template=load_chat_template(config.chat_template, tokenizer))
+    text = make_text_tools(config, files, tokenizer)
     app = create_app(client, text, make_settings(config, files, command))
     app.config.GRACEFUL_SHUTDOWN_TIMEOUT = FLUSH_TIMEOUT_S
     _attach_engine(app, config, client, supervisor, tokenizer, started_s)
@@ -126,6 +129,33 @@ def read_tokenizer(config: ServerConfig, files: ModelFiles) -> Tokenizer:
         generation_config=files.generation_config,
         vocab_size=(files.hf_config.get("text_config") or files.hf_config).get("vocab_size"),
     )
+
+
+def make_text_tools(config: ServerConfig, files: ModelFiles, tokenizer: Tokenizer) -> TextTools:
+    """Tokenizer, chat template and, for a model that takes images, what reads them."""
+    images = _make_image_reader(config, files)
+    template = load_chat_template(config.chat_template, tokenizer, takes_images=images is not None)
+    return TextTools(tokenizer=tokenizer, chat_template=template, images=images)
+
+
+def _make_image_reader(config: ServerConfig, files: ModelFiles) -> ImageReader | None:
+    vision_config = files.hf_config.get("vision_config")
+    token_id = files.hf_config.get("image_token_id")
+    if not isinstance(vision_config, Mapping) or token_id is None:
+        return None
+    limits = ImageLimits(
+        max_per_message=config.max_images_per_message,
+        max_per_request=config.max_images,
+        max_file_bytes=config.max_image_size,
+        max_pixels=config.max_image_pixels,
+    )
+    hosts = (config.allowed_image_hosts or "").split(",")
+    rules = FetchRules(
+        is_allowed=config.allow_image_urls,
+        allowed_hosts=tuple(host.strip() for host in hosts if host.strip()),
+    )
+    form = read_image_form(files.local_dir, vision_config)
+    return ImageReader(ImageLoader(form, limits, rules, num_workers=config.image_workers), token_id)
 
 
 def make_settings(config: ServerConfig, files: ModelFiles, command: list[str]) -> ServerSettings:
@@ -223,11 +253,14 @@ def _attach_engine(
     async def drain(_app: Sanic) -> None:
         client.drain()
 
-    async def stop(_app: Sanic) -> None:
+    async def stop(app: Sanic) -> None:
         await supervisor.stop()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        images = app.ctx.state.text.images
+        if images is not None:
+            await images.loader.close()
 
     app.register_listener(start, "before_server_start")
     app.register_listener(hear_signals, "after_server_start")  # in place of Sanic's own handlers

@@ -28,7 +28,7 @@ from jaxserve.engine.client import EngineClient
 from jaxserve.engine.messages import Failed, Ready, Shutdown
 from jaxserve.engine.transport import ThreadLink
 from jaxserve.errors import InvalidRequestError, UnavailableError
-from jaxserve.launch import find_model, make_settings, read_tokenizer
+from jaxserve.launch import find_model, make_settings, make_text_tools, read_tokenizer
 from jaxserve.metrics import ServerMetrics
 from jaxserve.progress import Progress
 from jaxserve.server.generation import Generator, Job, new_rid
@@ -37,8 +37,6 @@ from jaxserve.server.pieces import Piece, join_pieces
 from jaxserve.server.replies import render_finish
 from jaxserve.server.sample import MAX_TOKENS_SHOWN, answer, make_question
 from jaxserve.server.sampling import count_choices, read_library_sampling
-from jaxserve.server.settings import TextTools
-from jaxserve.text.chat_template import load_chat_template
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import SamplingParams
 
@@ -64,12 +62,11 @@ class LLM:
         with Progress(self.config.log_level) as progress:
             files = find_model(self.config, progress)
             self._tokenizer = read_tokenizer(self.config, files)
-            self._template = load_chat_template(self.config.chat_template, self._tokenizer)
+            self._text = make_text_tools(self.config, files, self._tokenizer)
             self._loop = asyncio.new_event_loop()
             self._client = EngineClient()
             self._link = ThreadLink(self._loop, self._client.handle)
             engine, self._runner, self.info = build_engine(self.config, files, self._link, progress.update)
-        text = TextTools(tokenizer=self._tokenizer, chat_template=self._template)
         server_settings = dataclasses.replace(
             make_settings(self.config, files, command=["LLM"]), max_sequences=sys.maxsize
         )
@@ -80,7 +77,7 @@ class LLM:
             read_heartbeat_age_s=lambda: self._client.heartbeat_age_s,
         )
         self._settings = server_settings
-        self._generator = Generator(self._client, text, server_settings, metrics)
+        self._generator = Generator(self._client, self._text, server_settings, metrics)
         self._client.connect(self._link.put)
         self._client.handle(Ready(self.info))
         self._is_closed = False
@@ -218,6 +215,8 @@ class LLM:
 
     async def _fail_open_requests(self) -> None:
         self._client.lose("The model was closed.")
+        if self._text.images is not None:
+            await self._text.images.loader.close()
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -255,8 +254,10 @@ class LLM:
         if not messages:
             raise InvalidRequestError("messages must hold at least one message.", param="messages")
         sampling = self._read_sampling(sampling_params, is_chat=True)
-        job = self._make_job(self._template.render(messages), sampling)
-        return dataclasses.replace(job, prompt_field="messages", has_special_tokens=True)
+        job = self._make_job(self._text.chat_template.render(messages), sampling)
+        reader = self._text.images
+        images = () if reader is None else reader.find(messages, None)
+        return dataclasses.replace(job, prompt_field="messages", has_special_tokens=True, images=images)
 
     def _run(self, jobs: list[Job], show_progress: bool) -> list[Any]:
         """Every job's answer: a dict, or a list of them for several choices."""

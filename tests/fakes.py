@@ -21,6 +21,7 @@ from msgspec import structs
 from sanic import Sanic
 
 from jaxserve.errors import OverloadedError, UnavailableError
+from jaxserve.images import PlacedImage
 from jaxserve.server.app import create_app
 from jaxserve.server.settings import ServerSettings, TextTools
 from jaxserve.text.chat_template import BUILTIN_TEMPLATES, ChatTemplate
@@ -96,6 +97,7 @@ class Submitted:
     params: TokenParams
     priority: int
     cache_salt: str
+    images: tuple[PlacedImage, ...] = ()
 
 
 @dataclass(slots=True)
@@ -190,7 +192,14 @@ class FakeEngine:
         return self._left_times[rid]
 
     async def generate(
-        self, rid: str, prompt_ids: list[int], params: TokenParams, *, priority: int = 0, cache_salt: str = ""
+        self,
+        rid: str,
+        prompt_ids: list[int],
+        params: TokenParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        images: tuple[PlacedImage, ...] = (),
     ) -> AsyncGenerator[TokenDelta, None]:
         if self.status != "ready":
             raise UnavailableError(f"The engine is {self.status}.")
@@ -198,7 +207,14 @@ class FakeEngine:
             raise OverloadedError("The queue is full.", retry_after_s=self.retry_after_s)
         num_cached = self._count_cached(prompt_ids)
         self.submitted.append(
-            Submitted(rid=rid, prompt_ids=prompt_ids, params=params, priority=priority, cache_salt=cache_salt)
+            Submitted(
+                rid=rid,
+                prompt_ids=prompt_ids,
+                params=params,
+                priority=priority,
+                cache_salt=cache_salt,
+                images=images,
+            )
         )
         self._live[rid] = asyncio.Event()
         first = TokenDelta(

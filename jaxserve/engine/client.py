@@ -34,6 +34,7 @@ from jaxserve.engine.messages import (
     UpdateWeights,
 )
 from jaxserve.errors import InvalidRequestError, UnavailableError
+from jaxserve.images import PlacedImage
 from jaxserve.types import WEIGHTS, EngineInfo, EngineStats, FinishReason, TokenDelta, TokenParams
 
 BUSY_POLL_S = 0.05
@@ -140,7 +141,14 @@ class EngineClient:
             self.lose(message.message)
 
     async def generate(
-        self, rid: str, prompt_ids: list[int], params: TokenParams, *, priority: int = 0, cache_salt: str = ""
+        self,
+        rid: str,
+        prompt_ids: list[int],
+        params: TokenParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        images: tuple[PlacedImage, ...] = (),
     ) -> AsyncGenerator[TokenDelta, None]:
         """Submit a request and yield its deltas; the last one has `finish` set.
 
@@ -160,7 +168,7 @@ class EngineClient:
         self._wire_ids[rid] = wire_id
         is_over = False
         try:
-            self._send(Submit(wire_id, prompt_ids, params, priority, cache_salt))
+            self._send(Submit(wire_id, prompt_ids, params, priority, cache_salt, images))
             while not is_over:
                 if mailbox.is_empty:
                     await mailbox.arrival()

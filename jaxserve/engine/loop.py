@@ -202,6 +202,7 @@ class EngineLoop:
                 params=message.params,
                 priority=message.priority,
                 cache_salt=self.operations.salt(message.cache_salt),
+                images=message.images,
             )
         except InvalidRequestError as error:
             return [_refuse(message, error.message, 400)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from jaxserve.config import ServerConfig
+from jaxserve.images import PlacedImage
 from jaxserve.types import EngineInfo, EngineStats, TokenDelta, TokenParams
 
 
@@ -26,6 +27,7 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     params: TokenParams
     priority: int = 0
     cache_salt: str = ""  # requests with different salts never share cached pages
+    images: tuple[PlacedImage, ...] = ()
 
 
 class Abort(msgspec.Struct, frozen=True, tag=True):

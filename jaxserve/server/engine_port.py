@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
 from typing import Protocol
 
+from jaxserve.images import PlacedImage
 from jaxserve.types import EngineInfo, EngineStats, TokenDelta, TokenParams
 
 
@@ -49,9 +50,16 @@ class EnginePort(Protocol):
         ...
 
     def generate(
-        self, rid: str, prompt_ids: list[int], params: TokenParams, *, priority: int = 0, cache_salt: str = ""
+        self,
+        rid: str,
+        prompt_ids: list[int],
+        params: TokenParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        images: tuple[PlacedImage, ...] = (),
     ) -> DeltaStream:
-        """Submit a request and stream its tokens.
+        """Submit a request and stream its tokens. `images` stand in the prompt in this order.
 
         Raises UnavailableError when the engine is not ready and OverloadedError when its queue is
         full, at the call or at the first delta.

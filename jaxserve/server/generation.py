@@ -18,14 +18,17 @@ from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 
 from jaxserve.errors import InvalidRequestError, OverloadedError, UnavailableError
+from jaxserve.images import PlacedImage
 from jaxserve.metrics import ServerMetrics
 from jaxserve.server.engine_port import EnginePort
+from jaxserve.server.images import hold_images, place_images
 from jaxserve.server.pieces import Piece, Sequence, join_pieces, merge_streams, read_sequence
 from jaxserve.server.sampling import count_choices, fit_to_prompt, for_choice, read_seed, to_token_params
 from jaxserve.server.settings import ServerSettings, TextTools
 from jaxserve.text.stop_regex import SearchAllowance, check_stop_regex
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import EngineInfo, SamplingParams, ScoreParams, TokenParams
+from jaxserve.vision.sources import ImageSource
 
 _INLINE_CHARS = 4096  # texts up to this are tokenised on the event loop: a millisecond or less
 _MAX_RID_CHARS = 256
@@ -52,6 +55,7 @@ class Job:
     cache_salt: str = ""
     stream_interval: int | None = None
     scores: ScoreParams | None = None  # of prompt positions, where a route asks for more than `sampling` can
+    images: tuple[ImageSource, ...] = ()  # for which the prompt has a placeholder each
 
 
 def new_rid() -> str:
@@ -117,6 +121,7 @@ class Generator:
     def __init__(self, engine: EnginePort, text: TextTools, settings: ServerSettings, metrics: ServerMetrics):
         self._engine = engine
         self._tokenizer = text.tokenizer
+        self._images = text.images
         self._settings = settings
         self._metrics = metrics
         seed = settings.random_seed
@@ -155,14 +160,18 @@ class Generator:
         rids = [rid for job in jobs for rid in _name_choices(job)]
         with self._admit(rids), self._share_searching(jobs) as allowance:
             prompts = await self._tokenise(jobs)
-            sequences = self._plan(jobs, prompts, info, allowance)
+            prompts, images = await place_images(
+                self._images, prompts, [job.images for job in jobs], [job.prompt_field for job in jobs]
+            )
+            sequences = self._plan(jobs, prompts, images, info, allowance)
             streams = [
                 read_sequence(self._engine, self._tokenizer, sequence, self._metrics, started_s)
                 for sequence in sequences
             ]
             merged = merge_streams(streams)
             async with aclosing(merged):
-                yield Run(sequences, merged, started_s)
+                with hold_images(self._images, images):
+                    yield Run(sequences, merged, started_s)
 
     @contextmanager
     def _admit(self, rids: list[str]) -> Iterator[None]:
@@ -212,13 +221,18 @@ class Generator:
         return [next(remaining) if isinstance(job.prompt, str) else job.prompt for job in jobs]
 
     def _plan(
-        self, jobs: list[Job], prompts: list[list[int]], info: EngineInfo, allowance: SearchAllowance
+        self,
+        jobs: list[Job],
+        prompts: list[list[int]],
+        images: list[tuple[PlacedImage, ...]],
+        info: EngineInfo,
+        allowance: SearchAllowance,
     ) -> list[Sequence]:
         eos_ids = tuple(self._tokenizer.eos_ids)
         shared: dict[int, TokenParams] = {}  # by the id of the parameters that they are made of
         sequences: list[Sequence] = []
         num_choices = 0
-        for job, prompt_ids in zip(jobs, prompts, strict=True):
+        for job, prompt_ids, prompt_images in zip(jobs, prompts, images, strict=True):
             max_new_tokens = _fit_length(job, prompt_ids, info, self._settings.max_prompt_tokens)
             _check_logprob_start(job, len(prompt_ids))
             params = shared.get(id(job.sampling))
@@ -244,6 +258,7 @@ class Generator:
                         cache_salt=job.cache_salt,
                         stream_interval=job.stream_interval or self._settings.stream_interval,
                         allowance=allowance,
+                        images=prompt_images,
                     )
                 )
                 num_choices += sequences[-1].num_choices

@@ -63,6 +63,7 @@ async def show_model_info(request: Request) -> HTTPResponse:
         preferred_sampling_params=dict(settings.preferred_sampling_params) or None,
         weight_version=state.weights.version,
         load_format=settings.load_format,
+        has_image_understanding=state.text.images is not None,
         model_type=info.model_type,
         architectures=[info.architecture],
     )

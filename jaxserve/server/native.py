@@ -14,8 +14,9 @@ from sanic.request import Request
 from sanic.response import HTTPResponse
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.server.decode import decode_request
+from jaxserve.server.decode import decode_request, refuse_value
 from jaxserve.server.generation import Job, Run, check_num_sequences
+from jaxserve.server.images import ImageReader, spread_image_data
 from jaxserve.server.logprobs import render_scored
 from jaxserve.server.meta_info import MetaInfoWriter
 from jaxserve.server.pieces import Piece, join_pieces
@@ -32,6 +33,7 @@ from jaxserve.server.settings import ServerSettings
 from jaxserve.server.sse import EventStream
 from jaxserve.server.state import AppState, note_of, state_of
 from jaxserve.types import SamplingParams
+from jaxserve.vision.sources import ImageSource
 
 FIELD_NAMES = {
     "logprobs": "top_logprobs_num",
@@ -49,7 +51,7 @@ def make_blueprint() -> Blueprint:
 async def generate(request: Request) -> HTTPResponse | None:
     state = state_of(request)
     body = decode_request(request.body, GenerateBody, REFUSED_BY_GENERATE)
-    jobs, is_batch = read_jobs(body, state.settings)
+    jobs, is_batch = read_jobs(body, state.settings, state.text.images)
     async with state.generator.open(jobs) as run:
         note_of(request).describe(jobs[0].rid, run)
         renderer = _Renderer(body, run, state, is_batch=is_batch)
@@ -61,7 +63,9 @@ async def generate(request: Request) -> HTTPResponse | None:
     return None
 
 
-def read_jobs(body: GenerateBody, settings: ServerSettings) -> tuple[list[Job], bool]:
+def read_jobs(
+    body: GenerateBody, settings: ServerSettings, reader: ImageReader | None = None
+) -> tuple[list[Job], bool]:
     """The prompts of a body, and whether the answer is a list. InvalidRequestError for odd shapes."""
     prompts, is_list, field = _read_prompts(body)
     num_prompts = len(prompts)
@@ -75,6 +79,7 @@ def read_jobs(body: GenerateBody, settings: ServerSettings) -> tuple[list[Job], 
     samplings = _add_logprobs(body, [parsed[id(item)] for item in bodies], is_list)
     salts = spread(body.cache_salt or body.extra_key or "", num_prompts, is_list, "cache_salt")
     rids = name_prompts(body.rid, num_prompts, is_list)
+    images = _find_images(body, num_prompts, is_list, reader)
     priority = read_priority(body.priority)
     jobs = [
         Job(
@@ -87,10 +92,24 @@ def read_jobs(body: GenerateBody, settings: ServerSettings) -> tuple[list[Job], 
             priority=priority,
             cache_salt=salt,
             stream_interval=asked.stream_interval,
+            images=sources,
         )
-        for prompt, asked, sampling, salt, rid in zip(prompts, bodies, samplings, salts, rids, strict=True)
+        for prompt, asked, sampling, salt, rid, sources in zip(
+            prompts, bodies, samplings, salts, rids, images, strict=True
+        )
     ]
     return jobs, is_list or any(count_choices(job.sampling) > 1 for job in jobs)
+
+
+def _find_images(
+    body: GenerateBody, num_prompts: int, is_list: bool, reader: ImageReader | None
+) -> list[tuple[ImageSource, ...]]:
+    """image_data of each prompt."""
+    if reader is None:
+        refuse_value("image_data", body.image_data, "by this server: the model reads text only.")
+        return [()] * num_prompts
+    data = spread_image_data(body.image_data, num_prompts, is_list)
+    return [reader.find_data(items, body.mm_processor_kwargs) for items in data]
 
 
 def _read_prompts(body: GenerateBody) -> tuple[list[str | list[int]], bool, str]:

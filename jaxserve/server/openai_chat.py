@@ -83,7 +83,7 @@ def read_job(body: ChatBody, state: AppState) -> Job:
     """Render the messages and gather the parameters; InvalidRequestError where something is odd."""
     length_field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     has_length = body.max_tokens is not None or body.max_completion_tokens is not None
-    settings = state.settings
+    settings, reader = state.settings, state.text.images
     sampling = read_chat_sampling(body, settings.sampling_defaults, settings.preferred_sampling_params)
     check_choices(body.best_of, body.num_return_sequences, sampling)
     return Job(
@@ -100,6 +100,7 @@ def read_job(body: ChatBody, state: AppState) -> Job:
         has_special_tokens=not body.add_special_tokens,
         priority=read_priority(body.priority),
         cache_salt=read_cache_salt(body.cache_salt, body.extra_key),
+        images=() if reader is None else reader.find(body.messages, body.mm_processor_kwargs),
     )
 
 

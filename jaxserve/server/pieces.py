@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from jaxserve.errors import ERROR_BY_STATUS, InternalError, JaxserveError
+from jaxserve.images import PlacedImage
 from jaxserve.metrics import ServerMetrics
 from jaxserve.server.engine_port import EnginePort
 from jaxserve.text.output import TextDelta, TextStream
@@ -51,6 +52,7 @@ class Sequence:
     cache_salt: str
     stream_interval: int
     allowance: SearchAllowance
+    images: tuple[PlacedImage, ...] = ()
 
 
 class Piece(msgspec.Struct, frozen=True, gc=False):
@@ -116,6 +118,7 @@ async def read_sequence(
         sequence.params,
         priority=sequence.priority,
         cache_salt=sequence.cache_salt,
+        images=sequence.images,
     )
     async with aclosing(deltas):
         async for delta in deltas:

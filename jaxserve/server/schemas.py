@@ -47,6 +47,9 @@ class SamplingBody(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     choice: Any = None
 
 
+ImageData = str | dict[str, Any]
+
+
 class GenerateBody(msgspec.Struct, kw_only=True):
     """POST or PUT /generate. One of text and input_ids; lists of them make a batch."""
 
@@ -66,6 +69,8 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     cache_salt: str | list[str] | None = None
     extra_key: str | list[str] | None = None
     return_prompt_token_ids: bool | None = None
+    image_data: ImageData | list[ImageData | list[ImageData] | None] | None = None  # URLs or base64
+    mm_processor_kwargs: dict[str, Any] | None = None  # min_pixels and max_pixels of the images
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -80,7 +85,7 @@ class ChatBody(msgspec.Struct, kw_only=True):
         list[dict[str, Any]],
         msgspec.Meta(
             description="Each has a role (system, developer, user, assistant, tool or function) and a "
-            "content: a string, or a list of parts of the type text.",
+            "content: a string, or a list of parts of the type text, or image_url if the model takes images.",
             examples=[[{"role": "user", "content": "What is the capital of France?"}]],
         ),
     ]
@@ -129,6 +134,7 @@ class ChatBody(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_meta_info: bool | None = None
     return_cached_tokens_details: bool | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None  # min_pixels and max_pixels of the images
 
 
 class CompletionBody(msgspec.Struct, kw_only=True):
@@ -187,7 +193,7 @@ class AbortBody(msgspec.Struct, kw_only=True):
 IGNORED_FIELDS: tuple[str, ...] = (
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prediction"),
     *("verbosity", "parallel_tool_calls", "separate_reasoning", "stream_reasoning", "require_reasoning"),
-    *("thinking", "task", "mm_processor_kwargs", "images_config", "video_config", "use_audio_in_video"),
+    *("thinking", "task", "images_config", "video_config", "use_audio_in_video"),
     *("max_dynamic_patch", "min_dynamic_patch", "mm_hashes", "mm_content_hashes", "log_metrics", "no_logs"),
     *("custom_labels", "routing_key", "conversation_id", "session_id", "bootstrap_host", "bootstrap_port"),
     *("bootstrap_room", "bootstrap_pair_key", "routed_dp_rank", "data_parallel_rank", "decode_tp_size"),
@@ -225,7 +231,6 @@ REFUSED_BY_ALL: dict[str, str] = {
 REFUSED_BY_GENERATE: dict[str, str] = {
     **REFUSED_BY_ALL,
     "input_embeds": "by this version: send text or input_ids.",
-    "image_data": _TEXT_ONLY,
     "video_data": _TEXT_ONLY,
     "audio_data": _TEXT_ONLY,
 }

@@ -10,16 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxserve.server.images import ImageReader
 from jaxserve.text.chat_template import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextTools:
-    """The model's text side, as the text room made it."""
+    """The model's text side, as the text room made it, and what reads images if the model takes them."""
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate
+    images: ImageReader | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,12 +32,14 @@ class MessageForm:
     """What one template expects of a message.
 
     `takes_parts`: it walks over lists of content parts. `takes_strings`: it also takes a plain string.
-    `knows_developer`: it has a rule for the role "developer".
+    `knows_developer`: it has a rule for the role "developer". `takes_images`: it says where they are, and the
+    model takes them.
     """
 
     takes_parts: bool = False
     takes_strings: bool = True
     knows_developer: bool = False
+    takes_images: bool = False
 
 
 def prepare_messages(messages: Sequence[Mapping[str, object]], form: MessageForm) -> list[dict[str, object]]:
@@ -76,10 +78,23 @@ def _prepare_content(content: object, form: MessageForm, place: str) -> object:
             f"{place}.content must be a string or a list of parts, got {type(content).__name__}.",
             param="messages",
         )
+    if form.takes_images and any(_is_image(part) for part in content):
+        return [_read_part(part, f"{place}.content[{order}]") for order, part in enumerate(content)]
     texts = [_read_text_part(part, f"{place}.content[{order}]") for order, part in enumerate(content)]
     if form.takes_parts:
         return [{"type": "text", "text": text} for text in texts]
     return PART_SEPARATOR.join(texts)
+
+
+def _is_image(part: object) -> bool:
+    return isinstance(part, Mapping) and _MEDIA.get(str(part.get("type"))) == "images"
+
+
+def _read_part(part: object, place: str) -> dict[str, str]:
+    """A part as templates know it. What an image is does not concern them."""
+    if _is_image(part):
+        return {"type": "image"}
+    return {"type": "text", "text": _read_text_part(part, place)}
 
 
 def _read_text_part(part: object, place: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -43,12 +44,13 @@ _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
 class ChatTemplate:
-    """One model's template, compiled. `source` None stands for a model without one.
+    """One model's template, compiled. `source` None stands for a model without one. If the model takes images
+    (`takes_images`), parts of messages that are images go to the template, if it takes parts.
 
     Raises ConfigError if the source is not valid Jinja.
     """
 
-    def __init__(self, source: str | None, bos_token: str, eos_token: str):
+    def __init__(self, source: str | None, bos_token: str, eos_token: str, *, takes_images: bool = False):
         self.source = source
         self._special_tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._template: jinja2.Template | None = None
@@ -58,7 +60,8 @@ class ChatTemplate:
         environment = _make_environment()
         source = _drop_generation_tags(source)
         try:
-            self._form = read_message_form(environment.parse(source))
+            form = read_message_form(environment.parse(source))
+            self._form = replace(form, takes_images=takes_images and form.takes_parts)
             self._template = environment.from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
@@ -131,14 +134,16 @@ class ChatTemplate:
         ) from None
 
 
-def load_chat_template(choice: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+def load_chat_template(
+    choice: str | None, tokenizer: Tokenizer, *, takes_images: bool = False
+) -> ChatTemplate:
     """The template that --chat-template chooses, or the tokenizer's own if `choice` is None.
 
     `choice` is a built-in name ("chatml"), the path of a Jinja file, or the template itself.
     Raises ConfigError if it is none of these.
     """
     source = tokenizer.chat_template if choice is None else _find_template(choice)
-    return ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token)
+    return ChatTemplate(source, tokenizer.bos_token, tokenizer.eos_token, takes_images=takes_images)
 
 
 def read_message_form(tree: nodes.Template) -> MessageForm:

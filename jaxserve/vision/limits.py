@@ -16,6 +16,7 @@ import msgspec
 from jaxserve.errors import InvalidRequestError, WeightError
 
 PROCESSOR_FILE = "preprocessor_config.json"
+PIXEL_FIELDS = ("min_pixels", "max_pixels")  # what a request may say of its images
 MIB = 1 << 20
 
 

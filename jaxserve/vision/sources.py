@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.vision.limits import ImageForm, ImageLimits, choose_pixels
+from jaxserve.vision.limits import PIXEL_FIELDS, ImageForm, ImageLimits, choose_pixels
 
 IMAGE_PARTS = ("image", "image_url", "input_image")
-PIXEL_FIELDS = ("min_pixels", "max_pixels")
 
 
 class ImageFaultError(Exception):
