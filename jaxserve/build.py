@@ -26,6 +26,7 @@ from jaxserve.runner.buckets import make_ladder
 from jaxserve.runner.checkpoint import Checkpoint, read_family
 from jaxserve.runner.device_state import PoolSize, kv_bytes_per_token
 from jaxserve.runner.host_memory import read_host_memory
+from jaxserve.runner.images import ImageSizes
 from jaxserve.runner.programs import use_compile_cache
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.sizing import (
@@ -38,8 +39,10 @@ from jaxserve.runner.sizing import (
     choose_sizes,
     share_machine,
 )
+from jaxserve.scheduler.features import BLOCK_ROWS, FeatureCache
 from jaxserve.scheduler.state import new_state
 from jaxserve.types import EngineInfo
+from jaxserve.vision.limits import read_image_form
 from jaxserve.weights.cache import cache_dir
 from jaxserve.weights.placement import make_placement
 from jaxserve.weights.resolve import ModelFiles
@@ -78,17 +81,18 @@ def build_engine(
         placement=make_placement(jax.devices()[: config.tp_size]),
     )
     kv_dtype = jnp.dtype(precision.kv_dtype)
+    images = _choose_images(config, files, cfg)
     sizes = choose_sizes(
         config,
         share_machine(machine, config.tp_size),
         precision,
         model_context=cfg.max_context,
-        param_bytes=checkpoint.count_device_bytes(),
+        param_bytes=checkpoint.count_device_bytes() + (images.num_bytes if images else 0),
         kv_bytes_per_token=kv_bytes_per_token(local_cfg, kv_dtype),
         slot_bytes=8 * math.ceil(cfg.vocab_size / config.tp_size),
     )
     max_drafts = config.speculative_num_draft_tokens if config.speculative_algorithm == "ngram" else 0
-    runner = _load_runner(checkpoint, sizes, kv_dtype, max_drafts, on_progress)
+    runner = _load_runner(checkpoint, sizes, kv_dtype, max_drafts, images, on_progress)
     runner.programs.compile_rest(on_done=lambda: _finish_warm_up(runner))
     state = new_state(
         sizes.num_pages,
@@ -97,6 +101,7 @@ def build_engine(
         use_prefix_cache=not config.disable_radix_cache,
         prefers_cached=config.schedule_policy == "lpm",
         max_drafts=max_drafts,
+        features=FeatureCache(images.num_rows, images.max_tokens) if images else None,
     )
     loop = EngineLoop(
         runner,
@@ -109,6 +114,30 @@ def build_engine(
     info = _describe_engine(config, files, cfg, sizes, precision, machine, runner, start_s)
     _log_sizes(sizes, precision, runner, kernels, info)
     return loop, runner, info
+
+
+def _choose_images(config: ServerConfig, files: ModelFiles, cfg: ModelConfig) -> ImageSizes | None:
+    """What the device holds for images; None for a model that reads text only."""
+    vision = getattr(cfg, "vision", None)
+    if vision is None:
+        return None
+    form = read_image_form(files.local_dir, files.hf_config["vision_config"])
+    largest = config.max_image_pixels // form.tile_size**2  # tokens
+    num_rows = config.image_cache_tokens or 4 * largest
+    if num_rows < largest:
+        raise ConfigError(
+            f"image_cache_tokens must hold the largest image, {largest} tokens of max_image_pixels, got "
+            f"{num_rows}.",
+            param="image_cache_tokens",
+        )
+    return ImageSizes(
+        form=form,
+        width=vision.out_width,
+        max_patches=largest * form.merge_size**2,
+        num_rows=-(-num_rows // BLOCK_ROWS) * BLOCK_ROWS,
+        window_patches=vision.window_patches,
+        image_token_id=files.hf_config["image_token_id"],
+    )
 
 
 def _describe_target(config: ServerConfig, machine: Machine, cfg: ModelConfig, kv_dtype: str) -> KernelTarget:
@@ -186,7 +215,12 @@ def checkpoint_bits(files: ModelFiles, specs: list) -> float:
 
 
 def _load_runner(
-    checkpoint: Checkpoint, sizes: Sizes, kv_dtype: jnp.dtype, max_drafts: int, on_progress: OnProgress
+    checkpoint: Checkpoint,
+    sizes: Sizes,
+    kv_dtype: jnp.dtype,
+    max_drafts: int,
+    images: ImageSizes | None,
+    on_progress: OnProgress,
 ) -> ModelRunner:
     """Read the weights while the pool is allocated and the first programs compile, which needs their shapes
     only."""
@@ -204,9 +238,8 @@ def _load_runner(
         min_rows=sizes.min_rows,
         mixes=sizes.mixes,
     )
-    runner = ModelRunner(
-        checkpoint.describe_model(), checkpoint.local_cfg, pool, kv_dtype, ladder, checkpoint
-    )
+    model = checkpoint.describe_model()
+    runner = ModelRunner(model, checkpoint.local_cfg, pool, kv_dtype, ladder, checkpoint, images)
     runner.programs.begin()
     start_s = time.perf_counter()
     runner.load(lambda stage, done, total: on_progress(stage, done, total, "B"))

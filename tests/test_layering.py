@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "text": PLAIN,
     "vision": PLAIN,
     "weights": PLAIN | {"models"},
-    "runner": PLAIN | {"models", "kernels_pallas", "weights", "scheduler.plan"},
+    "runner": PLAIN | {"models", "kernels_pallas", "weights", "scheduler.plan", "vision"},
     "engine": PLAIN | {"scheduler", "runner"},
     "server": PLAIN | {"engine.client", "text", "vision"},
     "utils": set(),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -28,7 +29,9 @@ from jaxserve.engine.messages import (
 from jaxserve.engine.meter import Meter
 from jaxserve.engine.operations import MemoryRunner, Operations
 from jaxserve.errors import InvalidRequestError
+from jaxserve.images import PlacedImage
 from jaxserve.scheduler import schedule as scheduler
+from jaxserve.scheduler.images import check_images
 from jaxserve.scheduler.plan import StepLimits, StepPlan, StepResult
 from jaxserve.scheduler.state import SchedulerState, has_work, num_waiting
 from jaxserve.types import FinishReason, TokenDelta
@@ -36,7 +39,7 @@ from jaxserve.types import FinishReason, TokenDelta
 HEARTBEAT_S = 0.5  # the engine says at least this often that it lives, so that /health can be honest
 STEPS_IN_FLIGHT = 2  # launched and not yet read, at most
 # The log of the engine tells why.
-NO_PROGRAM = "A search with beam_width {} cannot be served: a program that it needs could not be compiled."
+NO_PROGRAM = "A {} cannot be served: a program that it needs could not be compiled."
 POLL_S = 0.01  # how soon the end of an operation, or a program that is ready, is noticed when idle
 
 logger = logging.getLogger("jaxserve.engine")
@@ -187,14 +190,16 @@ class EngineLoop:
         if limit is not None and self._num_queued() >= limit:
             reason = f"The request queue is full ({limit} requests wait). Try again later."
             return [_refuse(message, reason, 429)]
-        beam_width = message.params.beam_width
-        if self._has_all_programs and not self._runner.limits().can_run(beam_width):
-            return [_refuse(message, NO_PROGRAM.format(beam_width), 503)]
         num_tokens = len(message.prompt_ids) + message.params.max_new_tokens
         if num_tokens > self._context_length:  # more than a block table holds
             reason = f"{num_tokens} tokens exceed the context length of {self._context_length}."
             return [_refuse(message, reason, 400)]
         try:
+            check_images(self.scheduler_state.features, message.images)
+            if self._has_all_programs:
+                lack = _find_lack(self._runner.limits(), message.params.beam_width, message.images)
+                if lack is not None:
+                    return [_refuse(message, lack, 503)]
             scheduler.add(
                 self.scheduler_state,
                 rid=message.rid,
@@ -218,11 +223,11 @@ class EngineLoop:
             return []
         self._has_all_programs = True
         deltas = []
-        for seq in list(self.scheduler_state.waiting):
-            if not limits.can_run(seq.params.beam_width):
+        for seq in [*self.scheduler_state.waiting, *self.scheduler_state.running.values()]:
+            reason = _find_lack(limits, seq.params.beam_width, seq.images)
+            if reason is not None:
                 delta = scheduler.abort(self.scheduler_state, seq.rid)
                 assert delta is not None
-                reason = NO_PROGRAM.format(seq.params.beam_width)
                 finish = FinishReason(kind="abort", message=reason, http_status=503)
                 deltas.append(msgspec.structs.replace(delta, finish=finish))
         return deltas
@@ -232,6 +237,16 @@ class EngineLoop:
         state = self.scheduler_state
         num_taken_rows = state.max_rows - len(state.free_slots)  # a beam search takes several
         return num_waiting(state) - (self._runner.limits().max_rows - num_taken_rows)
+
+
+def _find_lack(limits: StepLimits, beam_width: int, images: Sequence[PlacedImage]) -> str | None:
+    """Why a request can never run, when all programs are there that will be; None if it can."""
+    if not limits.can_run(beam_width):
+        return NO_PROGRAM.format(f"search with beam_width {beam_width}")
+    largest = max((placed.image.num_patches for placed in images), default=0)
+    if largest > limits.max_image_patches:
+        return NO_PROGRAM.format(f"request with an image of {largest} patches")
+    return None
 
 
 def _refuse(message: Submit, reason: str, http_status: int) -> TokenDelta:

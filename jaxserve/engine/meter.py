@@ -69,7 +69,7 @@ class Meter:
         """A step's tokens were read."""
         now_s = time.perf_counter()
         self.step_busy_s += now_s - self._busy_since_s
-        if not plan.chunks and not plan.copies:
+        if not plan.chunks and not plan.copies and plan.encode is None:
             self.costs.add_step(len(plan.decode), now_s - self._busy_since_s)
         self._busy_since_s = self._last_done_s = now_s
         self._window_tokens += sum(

@@ -12,6 +12,11 @@ The array of a program with R rows, C chunks, T prefill tokens and W pages a tab
     places   [3, T]  index of a token whose row is scored or NO_PLACE, the token that followed, its chunk
     params   [B, F]  sampling parameters, B = R + C rows of SAMPLING_FIELDS
 
+and where the model takes images:
+
+    deltas   [1, R]  what rotary positions of decode rows are moved by
+    features [4, T]  time, row and column for rotary embedding, and the token's row of features or NO_ROW
+
 Decode rows need no table: the device keeps every slot's table and learns at most one page a row here.
 """
 
@@ -24,18 +29,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.models.interface import StepBatch
+from jaxserve.models.interface import ImageTokens, StepBatch
 from jaxserve.runner.buckets import Shape
+from jaxserve.runner.images import SlotPositions
 from jaxserve.runner.sampler import SAMPLING_FIELDS, RowParams, read_params
 from jaxserve.runner.scores import ScorePlaces, scoring_temperature
-from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, PrefillChunk
+from jaxserve.scheduler.plan import NO_ROW, NO_TOKEN, DecodeRow, PrefillChunk
 from jaxserve.types import TokenParams
 
 NO_PLACE = -1
 SMALLEST_PENALTY = 1e-6  # one nearer to 0 would make infinities of large logits
 
 
-def packed_shapes(shape: Shape, table_width: int) -> tuple[tuple[int, int], ...]:
+def packed_shapes(shape: Shape, table_width: int, takes_images: bool) -> tuple[tuple[int, int], ...]:
     """The parts of a program's packed array, in order."""
     return (
         (4, shape.num_rows),
@@ -44,17 +50,18 @@ def packed_shapes(shape: Shape, table_width: int) -> tuple[tuple[int, int], ...]
         (3, shape.num_tokens),
         (3, shape.num_tokens),
         (shape.num_sampled, len(SAMPLING_FIELDS)),
+        *(((1, shape.num_rows), (4, shape.num_tokens)) if takes_images else ()),
     )
 
 
-def packed_size(shape: Shape, table_width: int) -> int:
-    return sum(rows * cols for rows, cols in packed_shapes(shape, table_width))
+def packed_size(shape: Shape, table_width: int, takes_images: bool = False) -> int:
+    return sum(rows * cols for rows, cols in packed_shapes(shape, table_width, takes_images))
 
 
-def _split(packed, shape: Shape, table_width: int) -> list:
+def _split(packed, shape: Shape, table_width: int, takes_images: bool) -> list:
     """Views of the parts; works on NumPy arrays and on traced ones."""
     parts, offset = [], 0
-    for rows, cols in packed_shapes(shape, table_width):
+    for rows, cols in packed_shapes(shape, table_width, takes_images):
         parts.append(packed[offset : offset + rows * cols].reshape(rows, cols))
         offset += rows * cols
     return parts
@@ -87,11 +94,15 @@ def pack_step(
     params_XF: np.ndarray,
     page_size: int,
     table_width: int,
+    slots: SlotPositions | None = None,
 ) -> np.ndarray:
-    """The packed array of one launch. Padding names the trash slot (the last one) and page 0."""
+    """The packed array of one launch. Padding names the trash slot (the last one) and page 0. There are
+    `slots` if the model takes images."""
     trash_slot = params_XF.shape[0] - 1
-    packed = np.zeros(packed_size(shape, table_width), np.int32)
-    decode_FR, chunk_FC, table_CW, token_FT, place_FQ, params_BF = _split(packed, shape, table_width)
+    takes_images = slots is not None
+    packed = np.zeros(packed_size(shape, table_width, takes_images), np.int32)
+    parts = _split(packed, shape, table_width, takes_images)
+    decode_FR, chunk_FC, table_CW, token_FT, place_FQ, params_BF = parts[:6]
     slot_B = np.full(shape.num_sampled, trash_slot, np.int32)
     decode_FR[0] = trash_slot
     decode_FR[3] = NO_TOKEN
@@ -123,7 +134,28 @@ def pack_step(
         num_places = here.stop
         first += length
     params_BF[:] = params_XF[slot_B]
+    if slots is not None:
+        _pack_images(parts[6], parts[7], decode, chunks, slots)
     return packed
+
+
+def _pack_images(
+    delta_FR: np.ndarray,
+    feature_FT: np.ndarray,
+    decode: Sequence[DecodeRow],
+    chunks: Sequence[PrefillChunk],
+    slots: SlotPositions,
+) -> None:
+    """Fill the parts that only models have which take images."""
+    delta_FR[0, : len(decode)] = slots.delta_X[[row.slot for row in decode]]
+    feature_FT[3] = NO_ROW
+    first = 0
+    for chunk in chunks:
+        here = slice(first, first + len(chunk.token_ids))
+        feature_FT[:3, here] = slots.at(chunk.slot, chunk.start, chunk.start + len(chunk.token_ids))
+        if chunk.feature_rows:
+            feature_FT[3, here] = chunk.feature_rows
+        first = here.stop
 
 
 class Unpacked(NamedTuple):
@@ -136,13 +168,20 @@ class Unpacked(NamedTuple):
 
 
 def unpack_step(
-    packed: jax.Array, shape: Shape, page_size: int, last_token_X: jax.Array, table_XW: jax.Array
+    packed: jax.Array,
+    shape: Shape,
+    page_size: int,
+    last_token_X: jax.Array,
+    table_XW: jax.Array,
+    feature_MD: jax.Array | None = None,
 ) -> Unpacked:
     """The packed array and the device's own memory as a StepBatch; traced in the step program.
 
-    `batch.table_XW` is the table with this step's changes and becomes the new state.
+    `batch.table_XW` is the table with this step's changes and becomes the new state. `feature_MD` is there if
+    the model takes images.
     """
-    decode_FR, chunk_FC, table_CW, token_FT, place_FQ, params_BF = _split(packed, shape, table_XW.shape[1])
+    parts = _split(packed, shape, table_XW.shape[1], feature_MD is not None)
+    decode_FR, chunk_FC, table_CW, token_FT, place_FQ, params_BF = parts[:6]
     slot_R, position_R, write_R, token_R = decode_FR
     slot_C, token_C, len_C, start_C, samples_C = chunk_FC
     trash_slot = last_token_X.shape[0] - 1
@@ -178,4 +217,24 @@ def unpack_step(
             slot_Q=slot_C[chunk_Q],
             temperature_Q=scoring_temperature(rows)[shape.num_rows + chunk_Q],
         )
+    if feature_MD is not None:
+        batch = _add_images(batch, parts[6], parts[7], feature_MD)
     return Unpacked(batch, rows, slot_B, places)
+
+
+def _add_images(
+    batch: StepBatch, delta_FR: jax.Array, feature_FT: jax.Array, feature_MD: jax.Array
+) -> StepBatch:
+    """The batch with the positions and features that models see images by."""
+    num_rows, num_tokens = delta_FR.shape[1], feature_FT.shape[1]
+    position_R = batch.positions_T[:num_rows] + delta_FR[0]
+    batch = batch._replace(positions_T=batch.positions_T.at[:num_rows].set(position_R))
+    if num_tokens == 0:
+        return batch
+    position_3R = jnp.broadcast_to(position_R, (3, num_rows))
+    images = ImageTokens(
+        positions_3T=jnp.concatenate([position_3R, feature_FT[:3]], axis=1),
+        feature_row_T=jnp.concatenate([jnp.full(num_rows, NO_ROW, jnp.int32), feature_FT[3]]),
+        feature_MD=feature_MD,
+    )
+    return batch._replace(images=images)

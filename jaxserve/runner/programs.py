@@ -36,6 +36,7 @@ from jaxserve.runner.device_state import (
     write_watched,
 )
 from jaxserve.runner.forks import forks_shape, write_forks
+from jaxserve.runner.images import ImageEncoder, ImageSizes
 from jaxserve.runner.sampler import edit_logits, hide_padding, sample
 from jaxserve.runner.scores import score_prompts, score_sampled
 from jaxserve.runner.xla_flags import chosen_options
@@ -57,14 +58,21 @@ class StepArrays(NamedTuple):
 
 
 def run_step(
-    graphdef: nnx.GraphDef, shape: Shape, page_size: int, params: Any, state: DeviceState, packed: jax.Array
+    graphdef: nnx.GraphDef,
+    shape: Shape,
+    page_size: int,
+    params: Any,
+    state: DeviceState,
+    packed: jax.Array,
+    feature_MD: jax.Array | None = None,
 ) -> tuple[DeviceState, StepArrays]:
     """The whole step, as one program: unpack, model, sample, score, remember.
 
-    Donates `state`. `graphdef`, `shape` and `page_size` are constants of the program. Where devices share the
-    model, this is the step of one of them; what it gives beside the state is the same on all.
+    Donates `state`. `graphdef`, `shape` and `page_size` are constants of the program. A model that takes
+    images is given their features. Where devices share the model, this is the step of one of them; what it
+    gives beside the state is the same on all.
     """
-    step = unpack_step(packed, shape, page_size, state.last_token_X, state.table_XW)
+    step = unpack_step(packed, shape, page_size, state.last_token_X, state.table_XW, feature_MD)
     model = nnx.merge(graphdef, params)
     x_TD, kv = model(step.batch, state.kv)
     shards, vocab_size = model.kernels.shards, model.cfg.vocab_size
@@ -116,11 +124,17 @@ class Programs:
         kv_dtype: jnp.dtype,
         ladder: Ladder,
         placement: Placement = ALONE,
+        images: ImageSizes | None = None,
     ):
         self.compiles = CompileCounter()
         self._graphdef, params = nnx.split(model)
         self._abstract_params = jax.tree.map(_abstract, params)
         self._placement = placement
+        self.encoder: ImageEncoder | None = None  # of a model that reads more than text
+        if images is not None:
+            self.encoder = ImageEncoder(
+                self._graphdef, self._abstract_params, images, placement, self._param_specs()
+            )
         self.allocate = compile_allocation(cfg, pool, kv_dtype, placement)
         self._abstract_state = jax.tree.map(_abstract, self.allocate.out_info)
         self._page_size = pool.page_size
@@ -136,7 +150,8 @@ class Programs:
 
     @property
     def is_warm(self) -> bool:
-        return self.write_forks is not None and len(self.ready) == len(self.ladder.shapes)
+        has_all_shapes = len(self.ready) == len(self.ladder.shapes)
+        return self.write_forks is not None and has_all_shapes and (not self.encoder or self.encoder.is_warm)
 
     def begin(self) -> None:
         """Start to compile the first programs, each on a thread; `compile_first` waits for them."""
@@ -156,13 +171,15 @@ class Programs:
     def compile_one(self, shape: Shape) -> None:
         """Compile the program of a shape, or restore it from the persistent cache."""
         start_s = time.perf_counter()
-        packed = self._describe((packed_size(shape, self._table_width),))
+        features = () if self.encoder is None else (self.encoder.abstract_features,)
+        packed = self._describe((packed_size(shape, self._table_width, takes_images=bool(features)),))
         step = self._placement.spread(
             partial(run_step, self._graphdef, shape, self._page_size),
-            in_specs=(self._param_specs(), STATE_SPECS, EVERYWHERE),
+            in_specs=(self._param_specs(), STATE_SPECS, EVERYWHERE, *[EVERYWHERE for _ in features]),
             out_specs=(STATE_SPECS, EVERYWHERE),
         )
-        lowered = jax.jit(step, donate_argnums=1).lower(self._abstract_params, self._abstract_state, packed)
+        step = jax.jit(step, donate_argnums=1)
+        lowered = step.lower(self._abstract_params, self._abstract_state, packed, *features)
         program = lowered.compile(compiler_options=self.xla_options)
         with self._lock:  # and a new dict: the step loop may be iterating over the old one
             self.ready = {**self.ready, shape: program}
@@ -202,9 +219,10 @@ class Programs:
         self.write_forks = jax.jit(write, donate_argnums=0).lower(self._abstract_state, packed).compile()
 
     def compile_rest(self, on_done: Callable[[], None]) -> None:
-        """Compile what is not ready, forks first and then shapes in ladder order, on a thread; then call
-        on_done."""
+        """Compile what is not ready, on a thread: forks, the vision tower, and shapes in ladder order; then
+        call on_done."""
         todo = {"forks": self.compile_forks} if self.write_forks is None else {}
+        todo |= self.encoder.list_programs() if self.encoder is not None else {}
         shapes = [shape for shape in self.ladder.shapes if shape not in self.ready]
         todo |= {f"the step of {shape}": partial(self.compile_one, shape) for shape in shapes}
 

@@ -8,7 +8,7 @@ Knows pages, slots and token ids; knows nothing of requests, text or the queue.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +21,7 @@ from jaxserve.runner.buckets import Ladder, Shape, split_step
 from jaxserve.runner.checkpoint import Checkpoint, OnProgress, log_progress
 from jaxserve.runner.device_state import PoolSize, edit_rows, watched_row
 from jaxserve.runner.forks import pack_forks
+from jaxserve.runner.images import ImageSizes, SlotPositions
 from jaxserve.runner.memory import (
     MemoryUse,
     Weights,
@@ -50,7 +51,7 @@ class Update(NamedTuple):
 class ModelRunner:
     """`checkpoint` is what `model` is of; without it dropped weights cannot come back. A model without
     parameters (Checkpoint.describe_model) is enough to compile for; then `load` must follow. Where devices
-    share the model, `model` and `cfg` are one device's part."""
+    share the model, `model` and `cfg` are one device's part. `images` are there if the model takes them."""
 
     def __init__(
         self,
@@ -60,9 +61,12 @@ class ModelRunner:
         kv_dtype: jnp.dtype,
         ladder: Ladder,
         checkpoint: Checkpoint | None = None,
+        images: ImageSizes | None = None,
     ):
         placement = ALONE if checkpoint is None else checkpoint.placement
-        self.programs = Programs(model, cfg, pool, kv_dtype, ladder, placement)
+        self.programs = Programs(model, cfg, pool, kv_dtype, ladder, placement, images)
+        self._encoder = self.programs.encoder
+        self._positions = None if images is None else SlotPositions(pool.num_slots + 1, images)
         self.compiles = self.programs.compiles
         self._weights = Weights(nnx.split(model)[1])
         self._checkpoint = checkpoint
@@ -83,6 +87,11 @@ class ModelRunner:
     @property
     def kv_bytes(self) -> int:
         return live_bytes(self._state.kv)
+
+    @property
+    def _features(self) -> tuple[jax.Array, ...]:
+        """What is kept of images; nothing for a model that reads text only."""
+        return () if self._encoder is None else (self._encoder.feature_MD,)
 
     def load(self, on_progress: OnProgress) -> None:
         """Read the weights, at the start or where they were dropped. Raises WeightError."""
@@ -121,6 +130,7 @@ class ModelRunner:
             is_final=is_final,
             can_fork=self.programs.write_forks is not None,
             row_buckets=tuple(row_buckets),
+            max_image_patches=0 if self._encoder is None else self._encoder.max_patches,
         )
 
     def step(self, plan: StepPlan) -> PendingStep:
@@ -129,21 +139,26 @@ class ModelRunner:
         for init in plan.inits:
             self._init_slot(init)
         self._fork(plan)
+        if plan.encode is not None:
+            assert self._encoder is not None, "a model that reads text only has an image to encode"
+            self._encoder.encode(self._weights.tree, plan.encode)
         shapes = split_step(len(plan.decode), plan.num_chunk_tokens, list(self.programs.ready))
         assert shapes is not None, f"no program is ready for {plan}"
         launches = []
         for shape in shapes:
             decode = plan.decode if shape.num_rows else ()
             chunks = plan.chunks if shape.num_tokens else ()
-            packed = pack_step(
-                shape, decode, chunks, self._params_XF, self._pool.page_size, self._pool.table_width
-            )
-            arrays = self._launch(shape, packed)
+            arrays = self._launch(shape, self._pack(shape, decode, chunks))
             launches.append(note_launch(arrays, shape, decode, chunks, self._scores_X))
         return PendingStep(tuple(launches), self._vocab_size)
 
+    def _pack(self, shape: Shape, decode: Sequence[DecodeRow], chunks: Sequence[PrefillChunk]) -> np.ndarray:
+        page_size, table_width = self._pool.page_size, self._pool.table_width
+        return pack_step(shape, decode, chunks, self._params_XF, page_size, table_width, self._positions)
+
     def _launch(self, shape: Shape, packed: np.ndarray) -> StepArrays:
-        self._state, arrays = self.programs.ready[shape](self._weights.tree, self._state, packed)
+        run = self.programs.ready[shape]
+        self._state, arrays = run(self._weights.tree, self._state, packed, *self._features)
         self._has_run.add(shape)
         return arrays
 
@@ -156,16 +171,13 @@ class ModelRunner:
         """
         todo = [shape for shape in self.programs.ready if shape not in self._has_run]
         if not todo:
-            return False
+            return self._encoder is not None and self._encoder.rehearse(self._weights.tree)
         shape = todo[0]
         position = min(REHEARSED_TOKENS, self._pool.table_width * self._pool.page_size) - 1
         pages = [0] * self._pool.table_width
         decode = [DecodeRow(0, 0, 0, position, 0, token_id=0)] if shape.num_rows else []
         chunks = [PrefillChunk(0, 0, 0, position, [0], pages, samples=False)] if shape.num_tokens else []
-        packed = pack_step(
-            shape, decode, chunks, self._params_XF, self._pool.page_size, self._pool.table_width
-        )
-        jax.block_until_ready(self._launch(shape, packed))
+        jax.block_until_ready(self._launch(shape, self._pack(shape, decode, chunks)))
         return True
 
     def _fork(self, plan: StepPlan) -> None:
@@ -180,6 +192,8 @@ class ModelRunner:
                 self._state.edits_XV.shape[1], init.params, init.prompt_ids, init.output_ids
             )
             self._state = self._write_slot(self._state, np.int32(init.slot), edits_V, bias_V)
+        if self._positions is not None:
+            self._positions.begin(init)
         scores = init.params.scores
         self._scores_X[init.slot] = scores
         if scores is not None and scores.watched_ids:
@@ -193,7 +207,7 @@ class ModelRunner:
         return MemoryUse(
             param_bytes=self.param_bytes,
             kv_bytes=self.kv_bytes,
-            slot_bytes=live_bytes(self._state) - self.kv_bytes,
+            slot_bytes=live_bytes(self._state) - self.kv_bytes + live_bytes(self._features),
             device_bytes=allocated_bytes(),
             host_param_bytes=self._weights.kept_bytes,
             released=tuple(tag for tag, is_released in is_away.items() if is_released),
@@ -209,7 +223,7 @@ class ModelRunner:
         elif WEIGHTS in tags and not self._weights.is_away:
             self._weights.move_to_host()  # may fail, and then nothing was given back
         if KV_CACHE in tags:
-            delete_arrays(self._state)
+            delete_arrays((self._state, self._features))
         trim_host_memory()
 
     def resume_memory(self, tags: Collection[str]) -> None:
@@ -223,6 +237,8 @@ class ModelRunner:
                 trim_host_memory()
         if KV_CACHE in tags and live_bytes(self._state) == 0:
             self._state = jax.block_until_ready(self.programs.allocate())
+            if self._encoder is not None:
+                self._encoder.allocate()
 
     def read_update(self, model_path: str, load_format: str) -> Update:
         """Other weights, on the host; steps may run meanwhile. Raises ConfigError or WeightError."""

@@ -17,9 +17,10 @@ BLOCK_ROWS = 64
 
 @dataclass(slots=True)
 class FeatureCache:
-    """Over `num_rows` rows, of which whole blocks can be used."""
+    """Over `num_rows` rows, of which whole blocks can be used, for images of at most `max_image_tokens`."""
 
     num_rows: int
+    max_image_tokens: int = 1 << 30
     num_evicted: int = 0  # images that gave way to others since the start
     _free: list[int] = field(init=False)  # first rows of free blocks; the last one is given next
     _blocks: OrderedDict[str, list[int]] = field(init=False)  # by content id, least recently used first
@@ -27,12 +28,12 @@ class FeatureCache:
 
     def __post_init__(self) -> None:
         self._blocks, self._in_plan = OrderedDict(), set()
-        self._free = list(range((self.num_rows // BLOCK_ROWS - 1) * BLOCK_ROWS, -1, -BLOCK_ROWS))
+        self._free = self._list_blocks()[::-1]
 
     @property
     def capacity(self) -> int:
-        """Tokens of the largest image that it can hold."""
-        return self.num_rows // BLOCK_ROWS * BLOCK_ROWS
+        """Tokens of the largest image that it takes."""
+        return min(len(self._list_blocks()) * BLOCK_ROWS, self.max_image_tokens)
 
     def begin_plan(self) -> None:
         """A plan is launched or thrown away: what it read may give way to what the next one needs."""
@@ -77,5 +78,8 @@ class FeatureCache:
     def check_integrity(self) -> None:
         """Every block is free or of one image. Raises AssertionError."""
         held = [block for blocks in self._blocks.values() for block in blocks]
-        wanted = list(range(0, self.capacity, BLOCK_ROWS))
-        assert sorted(held + self._free) == wanted, f"blocks {sorted(held + self._free)} are not {wanted}"
+        found, wanted = sorted(held + self._free), self._list_blocks()
+        assert found == wanted, f"blocks {found} are free or held, not {wanted}"
+
+    def _list_blocks(self) -> list[int]:
+        return list(range(0, self.num_rows - BLOCK_ROWS + 1, BLOCK_ROWS))

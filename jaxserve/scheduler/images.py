@@ -78,7 +78,7 @@ def check_images(cache: FeatureCache | None, images: Sequence[PlacedImage]) -> N
         num_tokens = placed.image.num_tokens
         if cache is not None and num_tokens > cache.capacity:
             raise InvalidRequestError(
-                f"An image has {num_tokens} tokens, and this server holds {cache.capacity} at most. Send a "
+                f"An image has {num_tokens} tokens, and this server takes {cache.capacity} at most. Send a "
                 "smaller one, or lower its max_pixels.",
                 param="messages",
             )

@@ -230,12 +230,12 @@ def new_state(
     use_prefix_cache: bool = True,
     prefers_cached: bool = True,
     max_drafts: int = 0,
-    num_feature_rows: int = 0,
+    features: FeatureCache | None = None,
 ) -> SchedulerState:
     """An idle scheduler over `num_pages` pages (page 0 is trash, so one less is used), `max_rows` slots.
 
-    With `max_drafts` it speculates: so many guessed tokens at most for a sequence in a step. Of a model that
-    takes images the device holds the features of `num_feature_rows` image tokens.
+    With `max_drafts` it speculates: so many guessed tokens at most for a sequence in a step. `features` are
+    there if the model takes images.
     """
     assert page_size >= 1, f"page_size must be at least 1, got {page_size}"
     assert max_rows >= 1, f"max_rows must be at least 1, got {max_rows}"
@@ -250,7 +250,7 @@ def new_state(
         free_slots=free_slots,
         prefers_cached=prefers_cached,
         max_drafts=max_drafts,
-        features=FeatureCache(num_feature_rows) if num_feature_rows else None,
+        features=features,
     )
 
 

@@ -15,6 +15,7 @@ from jaxserve.engine.client import EngineClient
 from jaxserve.engine.loop import EngineLoop
 from jaxserve.engine.messages import Ready, Shutdown
 from jaxserve.engine.transport import ThreadLink
+from jaxserve.images import PlacedImage
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.types import FinishReason, TokenDelta, TokenParams
 from jaxserve.weights.resolve import resolve_model
@@ -29,10 +30,13 @@ class RunningEngine:
         self.loop = loop
         self.runner = runner
 
-    async def generate(self, rid: str, prompt_ids: list[int], **params: Any) -> list[TokenDelta]:
+    async def generate(
+        self, rid: str, prompt_ids: list[int], images: tuple[PlacedImage, ...] = (), **params: Any
+    ) -> list[TokenDelta]:
         """All deltas of one request; greedy unless said otherwise."""
         token_params = TokenParams(**{"max_new_tokens": 8, **params})
-        return [delta async for delta in self.client.generate(rid, prompt_ids, token_params)]
+        deltas = self.client.generate(rid, prompt_ids, token_params, images=images)
+        return [delta async for delta in deltas]
 
     async def wait_until_warm(self) -> None:
         while not self.client.stats.is_warm:

@@ -44,7 +44,7 @@ def ask(state, rid, *parts, **params):
 
 
 def new_image_state(num_pages=60, num_feature_rows=4 * BLOCK_ROWS, **settings):
-    return new_state(num_pages, PAGE, 8, num_feature_rows=num_feature_rows, **settings)
+    return new_state(num_pages, PAGE, 8, features=FeatureCache(num_feature_rows), **settings)
 
 
 A, B = make_image(1, 6), make_image(2, 6)
@@ -130,7 +130,7 @@ def test_what_can_never_be_encoded_is_refused():
     text_only = new_state(60, PAGE, 8)
     with pytest.raises(InvalidRequestError, match="does not accept images"):
         ask(text_only, "a", A)
-    with pytest.raises(InvalidRequestError, match="An image has 65 tokens, and this server holds 64"):
+    with pytest.raises(InvalidRequestError, match="An image has 65 tokens, and this server takes 64"):
         ask(new_image_state(num_feature_rows=BLOCK_ROWS), "a", make_image(3, 65))
 
 

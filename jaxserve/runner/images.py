@@ -1,0 +1,209 @@
+"""Images on the device: the vision tower's programs, the array of its features, and positions by slot.
+
+Held by programs.py and runner.py for families that take images; other models have none of it, and the same
+programs as without. The tower runs between steps, an image at a time, as a program for its number of patches,
+padded up to a bucket; what it gives lies in the rows that the scheduler chose until they are given to another
+image. Knows grids, rows and patches: nothing of image files or requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxserve.models.interface import PatchBatch
+from jaxserve.scheduler.plan import ImageEncode, SlotInit
+from jaxserve.vision.limits import ImageForm
+from jaxserve.vision.rope_positions import RopePositions, find_rope_positions
+from jaxserve.vision.windows import PATCH_BUCKETS, lay_out_patches
+from jaxserve.weights.placement import ALONE, Placement, make_spec
+
+logger = logging.getLogger("jaxserve.runner")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageSizes:
+    """What the device holds for images, and how they are given."""
+
+    form: ImageForm
+    width: int  # of a feature
+    max_patches: int  # of the largest image
+    num_rows: int  # of features, one an image token
+    window_patches: int
+    image_token_id: int
+
+    @property
+    def num_bytes(self) -> int:
+        return 4 * self.width * self.num_rows
+
+    @property
+    def max_tokens(self) -> int:
+        """Of the largest image."""
+        return self.max_patches // self.form.merge_size**2
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of patches that the programs take, ascending."""
+        below = [bucket for bucket in PATCH_BUCKETS if bucket < self.max_patches]
+        return tuple(PATCH_BUCKETS[: len(below) + 1])
+
+
+class ImageEncoder:
+    """The tower's programs of one model, by number of patches, and the features that they write."""
+
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        abstract_params: Any,
+        sizes: ImageSizes,
+        placement: Placement = ALONE,
+        param_specs: Any = None,
+    ):
+        self.sizes = sizes
+        self._placement, self._param_specs = placement, param_specs
+        self._graphdef, self._abstract_params = graphdef, abstract_params
+        self.ready: dict[int, Callable] = {}  # replaced, never changed
+        self._has_run: set[int] = set()
+        sharding = placement.make_sharding(())  # whole on every device
+        self.abstract_features = jax.ShapeDtypeStruct(
+            (sizes.num_rows, sizes.width), jnp.float32, sharding=sharding
+        )
+        self.allocate()
+
+    @property
+    def is_warm(self) -> bool:
+        return len(self.ready) == len(self.sizes.buckets)
+
+    @property
+    def max_patches(self) -> int:
+        """Of an image that can be encoded now: 0 until the first program is ready."""
+        return min(max(self.ready, default=0), self.sizes.max_patches)
+
+    def allocate(self) -> None:
+        """An empty array of features: at the start, and after a sleep."""
+        features = self.abstract_features
+        self.feature_MD = jnp.zeros(features.shape, features.dtype, device=features.sharding)
+
+    def list_programs(self) -> dict[str, Callable[[], None]]:
+        """What is still to be compiled, smallest first."""
+        todo = [bucket for bucket in self.sizes.buckets if bucket not in self.ready]
+        return {f"an image of {bucket} patches": partial(self.compile_one, bucket) for bucket in todo}
+
+    def compile_one(self, num_patches: int) -> None:
+        """Compile the program for images of so many patches, or restore it from the persistent cache."""
+        start_s = time.perf_counter()
+        everywhere = make_spec(())
+        sharding = self.abstract_features.sharding
+        inputs = [
+            jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+            for array in self._lay_out((1, 2, 2), num_patches, b"", [])
+        ]
+        encode = self._placement.spread(
+            partial(encode_image, self._graphdef, self.sizes.form),
+            in_specs=(self._param_specs, *[everywhere] * (1 + len(inputs))),
+            out_specs=everywhere,
+        )
+        encode = jax.jit(encode, donate_argnums=1)
+        program = encode.lower(self._abstract_params, self.abstract_features, *inputs).compile()
+        self.ready = {**self.ready, num_patches: program}
+        elapsed_s = time.perf_counter() - start_s
+        logger.info("compiled the vision tower for %d patches in %.1f s", num_patches, elapsed_s)
+
+    def encode(self, params: Any, image: ImageEncode) -> None:
+        """Launch the tower on an image and return at once."""
+        num_patches = image.grid[0] * image.grid[1] * image.grid[2]
+        bucket = min(bucket for bucket in self.ready if bucket >= num_patches)
+        inputs = self._lay_out(image.grid, bucket, image.patches, image.rows)
+        self.feature_MD = self.ready[bucket](params, self.feature_MD, *inputs)
+        self._has_run.add(bucket)
+
+    def rehearse(self, params: Any) -> bool:
+        """Run one ready program that never ran, on nothing; returns whether there was one."""
+        todo = [bucket for bucket in self.ready if bucket not in self._has_run]
+        if not todo:
+            return False
+        inputs = self._lay_out((1, 2, 2), todo[0], b"", [])
+        self.feature_MD = jax.block_until_ready(self.ready[todo[0]](params, self.feature_MD, *inputs))
+        self._has_run.add(todo[0])
+        return True
+
+    def _lay_out(
+        self, grid: tuple[int, int, int], num_padded: int, patches: bytes, rows: list[int]
+    ) -> tuple[np.ndarray, ...]:
+        """What a program takes beside parameters and features. Rows of padding lie outside the array."""
+        form = self.sizes.form
+        layout = lay_out_patches(
+            [grid], num_padded, merge_size=form.merge_size, window_patches=self.sizes.window_patches
+        )
+        values = np.frombuffer(patches, np.uint8).reshape(-1, form.patch_bytes)
+        if not patches:
+            values = np.zeros((grid[1] * grid[2], form.patch_bytes), np.uint8)
+        row_M = np.full(num_padded // form.merge_size**2, self.sizes.num_rows, np.int32)
+        row_M[: len(rows)] = rows
+        return layout.arrange(values), layout.place, layout.window, layout.image, layout.order, row_M
+
+
+def encode_image(
+    graphdef: nnx.GraphDef,
+    form: ImageForm,
+    params: Any,
+    feature_MD: jax.Array,
+    patch_UB: jax.Array,
+    place_2U: jax.Array,
+    window_U: jax.Array,
+    image_U: jax.Array,
+    order_M: jax.Array,
+    row_M: jax.Array,
+) -> jax.Array:
+    """The features with those of an image in their rows. Donates `feature_MD`."""
+    patch_UC = normalise_patches(patch_UB, form)
+    model = nnx.merge(graphdef, params)
+    new_MD = model.encode_images(PatchBatch(patch_UC, place_2U, window_U, image_U, order_M))
+    return feature_MD.at[row_M].set(new_MD.astype(feature_MD.dtype), mode="drop")
+
+
+def normalise_patches(patch_UB: jax.Array, form: ImageForm) -> jax.Array:
+    """Bytes of patches as transformers' processor gives them: float32, normalised, once for every frame."""
+    colour = (-1, 3, 1, form.patch_size**2)
+    mean = jnp.asarray(form.mean, jnp.float32).reshape(1, 3, 1, 1)
+    deviation = jnp.asarray(form.deviation, jnp.float32).reshape(1, 3, 1, 1)
+    values = (patch_UB.astype(jnp.float32).reshape(colour) / 255 - mean) / deviation
+    return jnp.repeat(values, form.temporal_patch_size, axis=2).reshape(len(patch_UB), -1)
+
+
+class SlotPositions:
+    """Where the tokens of each slot's sequence stand for rotary embedding, if prompts may hold images."""
+
+    def __init__(self, num_slots: int, sizes: ImageSizes):
+        self._sizes = sizes
+        self._prompts: dict[int, RopePositions] = {}  # of slots whose prompt holds images
+        self.delta_X = np.zeros(num_slots, np.int32)  # what tokens behind the prompt are moved by
+
+    def begin(self, init: SlotInit) -> None:
+        """A slot has a new sequence."""
+        self._prompts.pop(init.slot, None)
+        self.delta_X[init.slot] = 0
+        if init.grids:
+            positions = find_rope_positions(
+                init.prompt_ids,
+                init.grids,
+                image_token_id=self._sizes.image_token_id,
+                merge_size=self._sizes.form.merge_size,
+            )
+            self._prompts[init.slot] = positions
+            self.delta_X[init.slot] = positions.delta
+
+    def at(self, slot: int, start: int, stop: int) -> np.ndarray:
+        """int32 [3, stop - start]: time, row and column of the tokens from start to stop."""
+        if slot in self._prompts:
+            return self._prompts[slot].at(start, stop)
+        return np.broadcast_to(np.arange(start, stop, dtype=np.int32), (3, stop - start))
