@@ -40,7 +40,7 @@ from jaxserve.runner.sizing import (
     share_machine,
 )
 from jaxserve.scheduler.features import BLOCK_ROWS, FeatureCache
-from jaxserve.scheduler.state import new_state
+from jaxserve.scheduler.state import SchedulerState, new_state
 from jaxserve.types import EngineInfo
 from jaxserve.vision.limits import read_image_form
 from jaxserve.weights.cache import cache_dir
@@ -94,15 +94,7 @@ def build_engine(
     max_drafts = config.speculative_num_draft_tokens if config.speculative_algorithm == "ngram" else 0
     runner = _load_runner(checkpoint, sizes, kv_dtype, max_drafts, images, on_progress)
     runner.programs.compile_rest(on_done=lambda: _finish_warm_up(runner))
-    state = new_state(
-        sizes.num_pages,
-        sizes.page_size,
-        sizes.max_rows,
-        use_prefix_cache=not config.disable_radix_cache,
-        prefers_cached=config.schedule_policy == "lpm",
-        max_drafts=max_drafts,
-        features=FeatureCache(images.num_rows, images.max_tokens) if images else None,
-    )
+    state = _make_state(config, sizes, images, max_drafts)
     loop = EngineLoop(
         runner,
         runner,
@@ -114,6 +106,21 @@ def build_engine(
     info = _describe_engine(config, files, cfg, sizes, precision, machine, runner, start_s)
     _log_sizes(sizes, precision, runner, kernels, info)
     return loop, runner, info
+
+
+def _make_state(
+    config: ServerConfig, sizes: Sizes, images: ImageSizes | None, max_drafts: int
+) -> SchedulerState:
+    """An idle scheduler over the pool."""
+    return new_state(
+        sizes.num_pages,
+        sizes.page_size,
+        sizes.max_rows,
+        use_prefix_cache=not config.disable_radix_cache,
+        prefers_cached=config.schedule_policy == "lpm",
+        max_drafts=max_drafts,
+        features=FeatureCache(images.num_rows, images.max_tokens) if images else None,
+    )
 
 
 def _choose_images(config: ServerConfig, files: ModelFiles, cfg: ModelConfig) -> ImageSizes | None:

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 # In the order of the table.
 FIELD_NOTES: dict[str, str] = {
-    "messages": "The conversation. Contents are strings or lists of text parts. Required.",
+    "messages": "The conversation. Contents are strings or lists of parts: text, and images if the model "
+    "takes them. Required.",
     "prompt": "Text, token ids, or a list of either: a batch. Required.",
     "suffix": "Text that comes after the reply; for models with fill-in-the-middle tokens.",
     "echo": "Put the prompt before the reply; with `logprobs`, its logprobs too.",
+    "image_data": "An image or a list of them, for image tokens in `text`: data URL, base64, or an object "
+    "with a `url`. A batch has an entry a prompt.",
+    "mm_processor_kwargs": "`min_pixels` and `max_pixels` of the images, within the server's limits.",
     "text": "The prompt, or a list of prompts: a batch.",
     "input_ids": "The prompt as token ids, or a list of such lists. Wins over `text` and the chat template.",
     "add_special_tokens": "Put the model's special tokens around the prompt. Default: not in chat.",

@@ -31,7 +31,7 @@ class RunningEngine:
         self.runner = runner
 
     async def generate(
-        self, rid: str, prompt_ids: list[int], images: tuple[PlacedImage, ...] = (), **params: Any
+        self, rid: str, prompt_ids: list[int], images: tuple[PlacedImage, ...] = (), /, **params: Any
     ) -> list[TokenDelta]:
         """All deltas of one request; greedy unless said otherwise."""
         token_params = TokenParams(**{"max_new_tokens": 8, **params})
