@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from tests.goldens import read
 NUM_GREEDY = 32
 NUM_LOGIT_ROWS = 6
 CHAT_TEXT = "What is in this picture?"
+# xLLM's page asks this, in this order, for so many tokens (tests/e2e/test_seeds_images.py).
+PAGE_TEXT = "介绍下这张图片"
+PAGE_TOKENS = 128
 
 
 def main() -> None:
@@ -53,7 +57,12 @@ def main() -> None:
         inputs = {case.name: make_inputs(case.token_ids, case.grids, case.pixels()) for case in tiny_vl.CASES}
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
         processor = Qwen2VLImageProcessorPil.from_pretrained(directory)
-    inputs["chat"], chat = make_chat_inputs(tokenizer, processor, args.out / "picture.png")
+    image, text = {"type": "image"}, {"type": "text"}
+    make = partial(make_chat_inputs, tokenizer, processor, args.out / "picture.png")
+    inputs["chat"], chat = make([image, text | {"text": CHAT_TEXT}])
+    page_inputs, page = make([text | {"text": PAGE_TEXT}, image])
+    page_ids = model.generate(**page_inputs, max_new_tokens=PAGE_TOKENS, do_sample=False)[0].tolist()
+    page_ids = page_ids[len(page["prompt_ids"]) :]
     arrays: dict[str, np.ndarray] = {}
     for name, values in inputs.items():
         arrays[f"{name}_greedy_ids"] = continue_greedily(model, values)
@@ -67,6 +76,9 @@ def main() -> None:
         "smallest_margins": {name: round(float(arrays[f"{name}_margins"].min()), 6) for name in inputs},
         "chat": chat
         | {"greedy_ids": chat_ids, "greedy_text": tokenizer.decode(chat_ids, skip_special_tokens=True)},
+        # Until the model ends it, as clients see it.
+        "page": page
+        | {"greedy_ids": page_ids, "greedy_text": tokenizer.decode(page_ids, skip_special_tokens=True)},
         "made_with": describe_environment(),
     }
     lines = (f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in facts.items())
@@ -81,19 +93,21 @@ def make_inputs(token_ids: list[int], grids: list[tiny_vl.Grid], pixels: np.ndar
     return inputs
 
 
-def make_chat_inputs(tokenizer: Any, processor: Any, picture: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def make_chat_inputs(
+    tokenizer: Any, processor: Any, picture: Path, parts: list[dict[str, str]]
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the model is given for a question about the picture, and the facts that tests compare with."""
     with Image.open(picture) as image:
         patches = processor(images=[image], return_tensors="np")
     grid: tiny_vl.Grid = tuple(map(int, patches["image_grid_thw"][0]))  # type: ignore[assignment]
-    parts = [{"type": "image"}, {"type": "text", "text": CHAT_TEXT}]
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
     )
     num_tokens = grid[1] * grid[2] // processor.merge_size**2
     expanded = rendered.replace("<|image_pad|>", "<|image_pad|>" * num_tokens)
     token_ids = tokenizer(expanded, add_special_tokens=False)["input_ids"]
-    facts = {"text": CHAT_TEXT, "rendered": rendered, "grid": grid, "prompt_ids": token_ids}
+    text = next(part["text"] for part in parts if "text" in part)
+    facts = {"text": text, "rendered": rendered, "grid": grid, "prompt_ids": token_ids}
     return make_inputs(token_ids, [grid], np.asarray(patches["pixel_values"], np.float32)), facts
 
 

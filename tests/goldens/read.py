@@ -101,7 +101,7 @@ def read_beam_goldens(model: str) -> dict[str, Any]:
 def read_vl_facts() -> dict[str, Any]:
     """Of the tiny Qwen2.5-VL: `fingerprint`, `smallest_margins` by case, and `chat`, a question about
     picture.png: `text`, `rendered`, `grid`, `prompt_ids`, 32 `greedy_ids` and their `greedy_text`
-    without special tokens."""
+    without special tokens. `page` is the same for what xLLM's page asks, until the model ends its reply."""
     return json.loads((GOLDENS_DIR / "tiny_qwen2_5_vl.json").read_text(encoding="utf-8"))
 
 
