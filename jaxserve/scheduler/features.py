@@ -22,6 +22,7 @@ class FeatureCache:
     num_rows: int
     max_image_tokens: int = 1 << 30
     num_evicted: int = 0  # images that gave way to others since the start
+    is_due: bool = False  # whether the next plan's turn is an image's, because the last one's was not
     _free: list[int] = field(init=False)  # first rows of free blocks; the last one is given next
     _blocks: OrderedDict[str, list[int]] = field(init=False)  # by content id, least recently used first
     _in_plan: set[str] = field(init=False)

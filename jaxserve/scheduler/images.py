@@ -2,9 +2,9 @@
 
 Called by admit.py while it gathers offers, in their order. At most one image is encoded in a step. Where
 sequences are decoding, such a step has no prefill beside it, so that they wait for one of the two and not for
-both; it is taken when the first in order can get no further without it, so neither text nor images starve.
-Otherwise the tokens of the image may follow in the same plan: it is encoded before the step's programs run.
-Knows nothing of pixels or devices.
+both; it is taken when the first in order can get no further without it, and at the latest in the step after
+one in which anybody could not. So neither text nor images starve. Where nothing decodes, the image's tokens
+may follow in the same plan: it is encoded before the step's programs run. Knows nothing of pixels or devices.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ ID_DIGITS = 16  # of a content id: enough that two images never meet
 
 @dataclass(slots=True)
 class ImagePass:
-    """The images of one plan in the making. `has_rows`: whether the step has decode rows."""
+    """The images of one plan in the making. `has_rows`: whether the step has decode rows; `is_due`: whether
+    it is an image's turn."""
 
     cache: FeatureCache
     max_patches: int
     has_rows: bool
+    is_due: bool = False
     encode: ImageEncode | None = None
     num_offers: int = 0  # that take part in the step so far
 
@@ -39,11 +41,11 @@ class ImagePass:
             if placed.offset >= stop:
                 break
             if placed.end > start and not self.cache.use(placed.image.content_id):
-                is_needed_now = placed.offset <= start and self.num_offers == 0
+                is_needed_now = placed.offset <= start
                 if not self._plan_encode(placed, is_needed_now) or self.has_rows:
                     stop = max(placed.offset, start)
                     break
-        if self.encode is not None and self.has_rows:
+        if self.has_rows and (self.is_due or self.encode is not None):
             return 0
         self.num_offers += stop > start
         return stop - start
@@ -53,7 +55,8 @@ class ImagePass:
         image = placed.image
         if self.encode is not None or image.num_patches > self.max_patches:
             return False
-        if self.has_rows and not is_needed_now:
+        if self.has_rows and (self.num_offers or not is_needed_now):
+            self.cache.is_due |= is_needed_now
             return False
         if not self.cache.allot(image.content_id, image.num_tokens):
             return False
@@ -66,8 +69,9 @@ def begin_images(cache: FeatureCache | None, limits: StepLimits, *, has_rows: bo
     """None for a model that reads text only."""
     if cache is None:
         return None
+    is_due, cache.is_due = cache.is_due and has_rows, False
     cache.begin_plan()
-    return ImagePass(cache, limits.max_image_patches, has_rows)
+    return ImagePass(cache, limits.max_image_patches, has_rows, is_due)
 
 
 def check_images(cache: FeatureCache | None, images: Sequence[PlacedImage]) -> None:

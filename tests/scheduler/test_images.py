@@ -84,6 +84,23 @@ def test_decoding_sequences_wait_for_an_image_or_for_a_chunk_and_not_for_both():
     assert kinds == ["text", "image", "text", "image", "text"]
 
 
+def test_a_stream_of_text_does_not_keep_an_image_waiting():
+    """It has nothing to compute before the image, so it is not admitted before that is encoded."""
+    state = new_image_state(num_pages=400)
+    submit(state, "decodes", range(10, 18), max_new_tokens=200)
+    run_step(state, IMAGE_LIMITS)
+    submit(state, "prefills", range(100, 180), max_new_tokens=1)
+    run_step(state, replace(IMAGE_LIMITS, max_mixed_tokens=8))
+    ask(state, "image", A, 3)
+    num_steps = 0
+    while "image" in state.by_rid:
+        num_steps += 1
+        submit(state, f"text {num_steps}", range(num_steps * 1000, num_steps * 1000 + 32), max_new_tokens=1)
+        plan, _ = run_step(state, replace(IMAGE_LIMITS, max_mixed_tokens=16))
+        assert not (plan.encode and plan.chunks)
+        assert num_steps < 20, "it would wait for ever"
+
+
 def test_a_chunk_may_end_inside_an_image():
     state = new_image_state()
     ask(state, "a", 1, make_image(3, 50), 2)
