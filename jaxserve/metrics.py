@@ -228,6 +228,7 @@ def _count_series(stats: EngineStats) -> list[tuple[str, str, float]]:
         ),
         ("sglang:num_aborted_requests", "Sequences aborted.", stats.num_aborted),
         ("sglang:num_retracted_requests", "Sequences sent back to the queue.", stats.num_retractions),
+        ("jaxserve:encoded_images", "Images that the vision encoder ran on.", stats.num_encoded_images),
         ("jaxserve:spec_draft_tokens", "Tokens that speculation guessed.", stats.num_drafted_tokens),
         ("jaxserve:spec_accept_tokens", "Guessed tokens that came true.", stats.num_accepted_tokens),
         ("jaxserve:steps", "Steps launched.", stats.num_steps),

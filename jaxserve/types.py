@@ -337,6 +337,7 @@ class EngineStats:
     num_computed_tokens: int = 0  # by prefills, those of retracted requests included
     num_evicted_tokens: int = 0  # out of the prefix cache, for want of pages
     num_generated_tokens: int = 0
+    num_encoded_images: int = 0  # those whose features were on the device already not counted
     num_drafted_tokens: int = 0  # guessed and verified by speculation
     num_accepted_tokens: int = 0  # of those, the ones that became output
     num_retractions: int = 0

@@ -101,6 +101,7 @@ class Meter:
             num_computed_tokens=state.num_computed_tokens,
             num_evicted_tokens=state.cache.num_evicted * state.page_size,
             num_generated_tokens=state.num_generated_tokens,
+            num_encoded_images=state.num_encoded_images,
             num_drafted_tokens=state.num_drafted,
             num_accepted_tokens=state.num_accepted,
             num_retractions=state.num_retractions,
