@@ -8,6 +8,7 @@ its features are taken as given).
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,21 +16,32 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 
-from jaxserve.models.interface import ImageTokens, KVLayer, PatchBatch
+from jaxserve.models.interface import ImageTokens, KVLayer, PatchBatch, StepBatch
 from jaxserve.models.quant import embed
 from jaxserve.models.qwen2_5_vl import merge_features
+from jaxserve.models.qwen2_5_vl_vision import normalize_patches
+from jaxserve.vision.limits import read_image_form
+from jaxserve.vision.patches import make_patches
 from jaxserve.vision.rope_positions import find_rope_positions
 from jaxserve.vision.windows import lay_out_patches
 from tests.engine.running_engine import start_engine, token_ids
 from tests.goldens.read import GOLDENS_DIR, read_manifest, read_vl_facts, relative_error
 from tests.models.forward import PAGE_SIZE, load_model, make_batch
-from tests.tiny_vl import CASES, IMAGE_TOKEN_ID, Grid, tiny_vl_fingerprint, write_tiny_vl_checkpoint
+from tests.tiny_vl import (
+    CASES,
+    IMAGE_TOKEN_ID,
+    VISION_CONFIG,
+    Grid,
+    tiny_vl_fingerprint,
+    write_tiny_vl_checkpoint,
+)
 
 TOLERANCE = read_manifest()["tolerances"]["float32_relative_error"]
 IMAGE_CASES = [case for case in CASES if case.grids]
 NAMES = [*(case.name for case in CASES), "chat"]
-NUM_PADDED = 256
+NUM_PAGES = 14  # of the longest prompt and its reply
 MERGE_SIZE = 2
 
 
@@ -39,31 +51,37 @@ def goldens() -> dict[str, np.ndarray]:
         return dict(stored)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Any:
-    return load_model(write_tiny_vl_checkpoint(tmp_path_factory.mktemp("vl")))
+class LoadedModel:
+    """A model and its two programs, each compiled once for all tests that feed the same shapes."""
 
+    def __init__(self, folder: Path, dtype: str = "float32", quantization: str = "none"):
+        self.module = load_model(folder, dtype, quantization)
+        self.cfg = self.module.cfg
+        graphdef, self.params = nnx.split(self.module)
 
-def encode(model: Any, grids: list[Grid], pixels: np.ndarray, num_padded: int) -> np.ndarray:
-    """Features of all image tokens, from patches padded to `num_padded`."""
-    vision = model.cfg.vision
-    layout = lay_out_patches(
-        grids, num_padded, merge_size=vision.merge_size, window_patches=vision.window_patches
-    )
-    batch = PatchBatch(
-        jnp.asarray(layout.arrange(pixels)),
-        *map(jnp.asarray, (layout.place, layout.window, layout.image, layout.order)),
-    )
-    graphdef, params = nnx.split(model)
-    features = jax.jit(lambda params, batch: nnx.merge(graphdef, params).encode_images(batch))(params, batch)
-    return np.asarray(features)[: len(pixels) // MERGE_SIZE**2]
+        def step(params: Any, batch: StepBatch, kv: list[KVLayer]) -> tuple[jax.Array, list[KVLayer]]:
+            module = nnx.merge(graphdef, params)
+            x_TD, kv = module(batch, kv)
+            return module.compute_logits(x_TD), kv
+
+        self.step = jax.jit(step)
+        self.encode_images = jax.jit(lambda params, batch: nnx.merge(graphdef, params).encode_images(batch))
+
+    def encode(self, grids: list[Grid], pixels: np.ndarray, num_padded: int = 256) -> np.ndarray:
+        """Features of all image tokens, from patches in the processor's order, padded to `num_padded`."""
+        sizes = {"merge_size": MERGE_SIZE, "window_patches": self.cfg.vision.window_patches}
+        layout = lay_out_patches(grids, num_padded, **sizes)
+        arrays = (layout.arrange(pixels), layout.place, layout.window, layout.image, layout.order)
+        features = self.encode_images(self.params, PatchBatch(*map(jnp.asarray, arrays)))
+        return np.asarray(features)[: len(pixels) // MERGE_SIZE**2]
 
 
 class Sequence:
     """One sequence in a pool of its own, which is fed from its images' features."""
 
-    def __init__(self, model: Any, goldens: dict[str, np.ndarray], name: str):
+    def __init__(self, model: LoadedModel, goldens: dict[str, np.ndarray], name: str):
         cfg = model.cfg
+        self.model = model
         self.prompt_ids = goldens[f"{name}_prompt_ids"].tolist()
         grids = [tuple(grid) for grid in goldens.get(f"{name}_grids", ())]
         self.features = goldens.get(f"{name}_features", np.zeros((1, cfg.language.width), np.float32))
@@ -72,18 +90,14 @@ class Sequence:
         )
         is_image = np.asarray(self.prompt_ids) == IMAGE_TOKEN_ID
         self.feature_rows = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
-        num_pages = -(-(len(self.prompt_ids) + 64) // PAGE_SIZE)
-        self.table = np.arange(num_pages, 0, -1, dtype=np.int32)
-        shape_PSKH = (num_pages + 1, PAGE_SIZE, cfg.num_kv_heads, cfg.head_dim)
+        self.table = np.arange(NUM_PAGES, 0, -1, dtype=np.int32)
+        shape_PSKH = (NUM_PAGES + 1, PAGE_SIZE, cfg.num_kv_heads, cfg.head_dim)
         self.kv = [KVLayer(jnp.zeros(shape_PSKH), jnp.zeros(shape_PSKH)) for _ in range(cfg.num_layers)]
-        graphdef, self.params = nnx.split(model)
 
-        def run(params, batch, kv):
-            model = nnx.merge(graphdef, params)
-            x_TD, kv = model(batch, kv)
-            return model.compute_logits(x_TD), kv
-
-        self.run = jax.jit(run)
+    def run(self, batch: StepBatch) -> np.ndarray:
+        """Logits of all tokens."""
+        logits_TV, self.kv = self.model.step(self.model.params, batch, self.kv)
+        return np.asarray(logits_TV)
 
     def prefill(self, start: int, stop: int) -> np.ndarray:
         """Logits of the prompt's tokens from `start` on."""
@@ -92,16 +106,18 @@ class Sequence:
             feature_row_T=jnp.asarray(self.feature_rows[start:stop]),
             feature_MD=jnp.asarray(self.features),
         )
-        batch = make_batch(self.prompt_ids[start:stop], start, self.table)._replace(images=images)
-        logits_TV, self.kv = self.run(self.params, batch, self.kv)
-        return np.asarray(logits_TV)
+        batch = make_batch(self.prompt_ids[start:stop], start, self.table)
+        return self.run(batch._replace(images=images))
 
     def decode(self, token_id: int, index: int) -> np.ndarray:
         """Logits behind one more token: a program without images, at the index moved by delta."""
         batch = make_batch([token_id], index, self.table)
-        batch = batch._replace(positions_T=batch.positions_T + self.rope.delta)
-        logits_TV, self.kv = self.run(self.params, batch, self.kv)
-        return np.asarray(logits_TV)[0]
+        return self.run(batch._replace(positions_T=batch.positions_T + self.rope.delta))[0]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> LoadedModel:
+    return LoadedModel(write_tiny_vl_checkpoint(tmp_path_factory.mktemp("vl")))
 
 
 def test_the_goldens_are_of_the_model_as_it_is_written_now():
@@ -110,16 +126,27 @@ def test_the_goldens_are_of_the_model_as_it_is_written_now():
 
 @pytest.mark.parametrize("case", IMAGE_CASES, ids=lambda case: case.name)
 def test_vision_features_agree(model, goldens, case):
-    features = encode(model, case.grids, case.pixels(), NUM_PADDED)
+    features = model.encode(case.grids, case.pixels())
     assert relative_error(features, goldens[f"{case.name}_features"]) <= TOLERANCE
+
+
+def test_a_picture_gives_the_features_that_it_gives_in_transformers(model, goldens, tmp_path):
+    form = read_image_form(write_tiny_vl_checkpoint(tmp_path), VISION_CONFIG)
+    with Image.open(GOLDENS_DIR / "picture.png") as picture:
+        image = make_patches(np.asarray(picture.convert("RGB")), form, form.min_pixels, form.max_pixels)
+    assert image.grid == tuple(goldens["chat_grids"][0])
+    patches = np.frombuffer(image.patches, np.uint8).reshape(image.num_patches, form.patch_bytes)
+    pixels = np.asarray(normalize_patches(jnp.asarray(patches), form.mean, form.deviation, 2))
+    features = model.encode([image.grid], pixels)
+    assert relative_error(features, goldens["chat_features"]) <= TOLERANCE
 
 
 def test_features_depend_neither_on_padding_nor_on_the_images_beside(model, goldens):
     case = IMAGE_CASES[1]
     together, pixels = goldens[f"{case.name}_features"], case.pixels()
-    for grid, num_padded in zip(case.grids, (16, 32, 64), strict=True):
+    for grid in case.grids:
         count = grid[1] * grid[2]
-        alone = encode(model, [grid], pixels[:count], num_padded)
+        alone = model.encode([grid], pixels[:count], 64)
         assert relative_error(alone, together[: count // 4]) <= TOLERANCE
         together, pixels = together[count // 4 :], pixels[count:]
 
@@ -136,7 +163,7 @@ def test_positions_are_those_of_transformers(goldens, name):
 @pytest.mark.parametrize("name", NAMES)
 def test_merged_embeddings_agree(model, goldens, name):
     sequence = Sequence(model, goldens, name)
-    x_TD = embed(jnp.asarray(sequence.prompt_ids), model.language.embed_VD.get_value())
+    x_TD = embed(jnp.asarray(sequence.prompt_ids), model.module.language.embed_VD.get_value())
     rows = sequence.rope.prompt, sequence.feature_rows, sequence.features
     merged = merge_features(x_TD, ImageTokens(*map(jnp.asarray, rows)))
     np.testing.assert_allclose(np.asarray(merged), goldens[f"{name}_embedded"], rtol=0, atol=1e-6)
@@ -178,26 +205,24 @@ def test_a_reply_that_is_prefilled_again_gets_the_same_logits(model, goldens):
 
 def test_text_needs_no_images(model, goldens):
     sequence = Sequence(model, goldens, "text")
-    batch = make_batch(sequence.prompt_ids, 0, sequence.table)
-    logits_TV, _ = sequence.run(sequence.params, batch, sequence.kv)
-    assert relative_error(np.asarray(logits_TV)[-6:], goldens["text_logits"]) <= TOLERANCE
+    logits = sequence.run(make_batch(sequence.prompt_ids, 0, sequence.table))
+    assert relative_error(logits[-6:], goldens["text_logits"]) <= TOLERANCE
 
 
 def test_both_spellings_of_config_and_weights_are_one_model(model, tmp_path):
     other = load_model(write_tiny_vl_checkpoint(tmp_path, nested=True))
     assert other.cfg == model.cfg
-    for ours, theirs in zip(
-        jax.tree.leaves(nnx.state(model)), jax.tree.leaves(nnx.state(other)), strict=True
-    ):
+    trees = (model.params, nnx.state(other))
+    for ours, theirs in zip(*map(jax.tree.leaves, trees), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("quantization", "limit"), [("none", 0.03), ("int8", 0.1)])
 def test_served_types_stay_near_float32(tmp_path, goldens, quantization, limit):
     """The vision encoder is in bfloat16 either way."""
-    model = load_model(write_tiny_vl_checkpoint(tmp_path), dtype="bfloat16", quantization=quantization)
+    model = LoadedModel(write_tiny_vl_checkpoint(tmp_path), "bfloat16", quantization)
     case = IMAGE_CASES[0]
-    features = encode(model, case.grids, case.pixels(), 64)
+    features = model.encode(case.grids, case.pixels(), 64)
     assert relative_error(features, goldens[f"{case.name}_features"]) <= 0.03
     sequence = Sequence(model, goldens, case.name)
     logits = sequence.prefill(0, len(sequence.prompt_ids))
