@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxserve.models.layers import RopeScaling
 
-# Fields that say nothing about the forward pass.
+# Fields that say nothing about the forward pass; how weights are packed is read by weights/packed_int4.py.
 HARMLESS = frozenset(
     """
     architectures model_type transformers_version torch_dtype dtype use_cache initializer_range
@@ -19,7 +19,7 @@ HARMLESS = frozenset(
     _name_or_path pretraining_tp is_llama_config transformers.js_config id2label label2id
     problem_type task_specific_params output_attentions output_hidden_states return_dict torchscript
     chunk_size_feed_forward is_encoder_decoder tie_encoder_decoder is_decoder max_length temperature
-    top_k top_p rope_parameters unsloth_fixed keys_to_ignore_at_inference
+    top_k top_p rope_parameters unsloth_fixed keys_to_ignore_at_inference quantization_config
     """.split()
 )
 READ = frozenset(

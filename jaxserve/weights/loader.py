@@ -28,6 +28,7 @@ from jaxserve.models.quant import Matrix, QuantizedMatrix, hadamard
 from jaxserve.weights.cache import ProgressCallback
 from jaxserve.weights.gguf_names import open_gguf_checkpoint
 from jaxserve.weights.layout import count_own_columns, pick_columns, place_rows
+from jaxserve.weights.packed_int4 import unpack
 from jaxserve.weights.placement import ALONE, Placement
 from jaxserve.weights.resolve import ModelFiles
 from jaxserve.weights.safetensors import open_safetensors
@@ -98,7 +99,7 @@ def load_params(
     if files.kind == "gguf":
         checkpoint: CheckpointTensors = open_gguf_checkpoint(files.files[0])
     else:
-        checkpoint = open_safetensors(files.local_dir)
+        checkpoint = unpack(open_safetensors(files.local_dir), files.hf_config)
     with contextlib.closing(checkpoint):
         specs = _find_names(specs, checkpoint.tensor_names())
         check_checkpoint(checkpoint, specs, is_tied=_is_tied(files.hf_config))
