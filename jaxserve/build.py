@@ -88,7 +88,7 @@ def build_engine(
         precision,
         model_context=cfg.max_context,
         param_bytes=checkpoint.count_device_bytes() + (images.num_bytes if images else 0),
-        kv_bytes_per_token=kv_bytes_per_token(local_cfg, kv_dtype),
+        kv_bytes_per_token=kv_bytes_per_token(local_cfg, kv_dtype, kernels.make_kv),
         slot_bytes=8 * math.ceil(cfg.vocab_size / config.tp_size),
     )
     max_drafts = config.speculative_num_draft_tokens if config.speculative_algorithm == "ngram" else 0
@@ -156,6 +156,7 @@ def _describe_target(config: ServerConfig, machine: Machine, cfg: ModelConfig, k
         kv_dtype=kv_dtype,
         compute_capability=machine.compute_capability,
         num_devices=config.tp_size,
+        device_kind=machine.device_kind,
     )
 
 
@@ -208,6 +209,7 @@ def read_machine() -> Machine:
         memory_bytes=memory_bytes,
         free_bytes=free_bytes,
         compute_capability=getattr(device, "compute_capability", ""),
+        device_kind=device.device_kind,
         # XLA's CPU backend converted a bf16 pool for every scatter into it, and back.
         updates_bf16_in_place=kind != "cpu" or jax.__version_info__ >= (0, 11),
     )

@@ -12,11 +12,14 @@ from functools import partial
 
 import jax
 
+from jaxserve.kernels_pallas.kv_layer import make_layer
+from jaxserve.kernels_pallas.kv_pages import make_pages
 from jaxserve.kernels_pallas.kv_write import ref as kv_write_ref
 from jaxserve.kernels_pallas.kv_write.limits import find_write_limit
 from jaxserve.kernels_pallas.paged_attention import ref as paged_attention_ref
 from jaxserve.kernels_pallas.paged_attention.decode_plan import find_decode_limit
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import find_prefill_limit
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import ANOTHER_CHIP, CHIPS, find_limit
 from jaxserve.kernels_pallas.sampling import ref as sampling_ref
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 
@@ -25,7 +28,8 @@ from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 class KernelSet:
     """The operations on the paged pool, the choice of a token, and the name of their forms for the log.
 
-    All are of one device's part: `shards` are the devices that share the model.
+    All are of one device's part: `shards` are the devices that share the model. `make_kv(num_pages,
+    page_size, num_kv_heads, head_dim, kv_dtype)` makes a layer of the pool as they read it.
     """
 
     name: str
@@ -34,6 +38,7 @@ class KernelSet:
     paged_prefill: Callable
     choose_tokens: Callable
     shards: Shards = ONE_DEVICE
+    make_kv: Callable = make_layer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,7 @@ class KernelTarget:
     kv_dtype: str
     compute_capability: str = ""  # of a GPU, as in "9.0"
     num_devices: int = 1  # that share each layer
+    device_kind: str = ""  # as JAX calls it: which chip the sizes of a TPU's blocks are for
 
 
 XLA_KERNELS = KernelSet(
@@ -68,14 +74,16 @@ def choose_kernels(target: KernelTarget) -> KernelSet:
 
 
 def _choose_for_one(target: KernelTarget) -> KernelSet:
-    """The kernels for a target: XLA's form serves every one, Pallas forms the GPUs they were built for.
+    """The kernels for a target: XLA's form serves every one, Pallas forms the chips they were built for.
 
-    The name of the set says what was chosen, and why not where a GPU gets XLA's form. Raises ValueError for a
-    platform that is none of ours.
+    The name of the set says what was chosen, and why not where a GPU or TPU gets XLA's form. Raises
+    ValueError for a platform that is none of ours.
     """
     if target.platform not in ("cpu", "gpu", "tpu"):
         raise ValueError(f"no kernels are known for platform {target.platform!r}; use cpu, gpu or tpu")
-    if target.platform != "gpu":
+    if target.platform == "tpu":
+        return _choose_for_tpu(target)
+    if target.platform == "cpu":
         return XLA_KERNELS
     limit = _find_gpu_limit(target)
     if limit:
@@ -96,6 +104,30 @@ def _choose_for_one(target: KernelTarget) -> KernelSet:
         paged_decode=XLA_KERNELS.paged_decode if decode_limit else paged_decode,
         paged_prefill=XLA_KERNELS.paged_prefill if prefill_limit else paged_prefill,
         choose_tokens=choose_tokens,
+    )
+
+
+def _choose_for_tpu(target: KernelTarget) -> KernelSet:
+    """All or none, since they share a layout of the pool."""
+    limit = find_limit(target.head_dim, target.page_size, target.kv_dtype)
+    if limit:
+        return replace(XLA_KERNELS, name=f"xla ({limit})")
+    # Pallas for TPUs takes a second to import, so it waits until it is known to be wanted.
+    from jaxserve.kernels_pallas.kv_write.tpu import rope_write
+    from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
+    from jaxserve.kernels_pallas.paged_attention.tpu_prefill import paged_prefill
+
+    chip = CHIPS.get(target.device_kind, ANOTHER_CHIP)
+    unknown = (
+        "" if target.device_kind in CHIPS else f"; no figures of {target.device_kind!r}, so others' sizes"
+    )
+    return KernelSet(
+        name=f"pallas{unknown}",
+        rope_write=rope_write,
+        paged_decode=partial(paged_decode, chip=chip),
+        paged_prefill=partial(paged_prefill, chip=chip),
+        choose_tokens=XLA_KERNELS.choose_tokens,
+        make_kv=make_pages,
     )
 
 

@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 PAIRS_PER_SCALE = 8  # of K in an int8 pool, at most
 
@@ -29,8 +30,22 @@ class KVLayer(NamedTuple):
     k_scale_PSKQ: jax.Array | None = None
     v_scale_PSK: jax.Array | None = None
 
+    @property
+    def head_dim(self) -> int:
+        return self.k_PSKH.shape[3]
+
 
 def num_k_scales(head_dim: int) -> int:
     """Scales of one token and head of K in an int8 pool: two at least, as jax 0.10 copies a pool of one."""
     num_pairs = head_dim // 2
     return max(num_pairs // math.gcd(num_pairs, PAIRS_PER_SCALE), 2)
+
+
+def make_layer(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, kv_dtype: str) -> KVLayer:
+    """Zeroed pages of one layer."""
+    shape_PSK = (num_pages, page_size, num_kv_heads)
+    k_PSKH, v_PSKH = (jnp.zeros((*shape_PSK, head_dim), kv_dtype) for _ in "kv")
+    if kv_dtype != "int8":
+        return KVLayer(k_PSKH, v_PSKH)
+    k_scale_PSKQ = jnp.zeros((*shape_PSK, num_k_scales(head_dim)), jnp.float32)
+    return KVLayer(k_PSKH, v_PSKH, k_scale_PSKQ, jnp.zeros(shape_PSK, jnp.float32))

@@ -84,7 +84,7 @@ def attend(
 ) -> tuple[jax.Array, KVLayer]:
     """Rotate q and k, write the step's K and V to the pool, then attend: decode rows first, chunks behind
     them. `qkv_TF` holds `num_heads` heads of q, then those of k and of v; `rope` is of `rope_tables`."""
-    qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, kv.k_PSKH.shape[3])
+    qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, kv.head_dim)
     q_TNH, kv = kernels.rope_write(kv, qkv_TAH, *rope, batch.write_index_T, num_heads=num_heads)
     num_rows = batch.decode_slot_R.shape[0]
     parts = []

@@ -124,6 +124,7 @@ class StepBench:
             page_size=PAGE_SIZE,
             kv_dtype=self._kv_dtype.name,
             compute_capability=machine.compute_capability,
+            device_kind=machine.device_kind,
         )
 
     def _fill(self, state: DeviceState) -> DeviceState:
@@ -199,7 +200,11 @@ class StepBench:
         head = [spec for spec in self._specs if spec.path == "head_VD"] or embedding
         inner = [spec for spec in self._specs if spec not in embedding and spec not in head]
         num_bytes = count_served_bytes(inner + head, **self._precision)
-        num_bytes += max(shape.num_rows, 1) * context * kv_bytes_per_token(self.cfg, self._kv_dtype)
+        num_bytes += (
+            max(shape.num_rows, 1)
+            * context
+            * kv_bytes_per_token(self.cfg, self._kv_dtype, self.kernels.make_kv)
+        )
         num_tokens = shape.num_rows + shape.num_tokens
         weights, head_weights = (
             sum(math.prod(spec.shape) for spec in specs if spec.kind != "vector") for specs in (inner, head)

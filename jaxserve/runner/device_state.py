@@ -15,21 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.kernels_pallas.kv_layer import KVLayer, num_k_scales
+from jaxserve.kernels_pallas.kv_layer import KVLayer, make_layer
+from jaxserve.kernels_pallas.kv_pages import KVPages
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 from jaxserve.models.interface import ModelConfig
 from jaxserve.runner.sampler import COUNT_MASK, IN_PROMPT, IS_STOP
 from jaxserve.types import MAX_WATCHED_IDS, TokenParams
 from jaxserve.weights.placement import ALONE, Placement, make_spec
 
-KV_SCALE_DTYPE = jnp.float32  # of int8 pools
 LARGEST_BIAS = 1e30  # leaves room for a division by the smallest temperature
 
 
 class DeviceState(NamedTuple):
     """X slots, the last of which is trash: padded rows read and write it."""
 
-    kv: list[KVLayer]  # page 0 is trash likewise
+    kv: list[KVLayer] | list[KVPages]  # page 0 is trash likewise
     last_token_X: jax.Array  # int32, the token that the slot's next decode row feeds
     table_XW: jax.Array  # int32, block tables
     edits_XV: jax.Array  # int32, see runner/sampler.py
@@ -58,39 +58,38 @@ STATE_SPECS = DeviceState(
 )
 
 
-def kv_bytes_per_token(cfg: ModelConfig, dtype: jnp.dtype) -> int:
-    """What a token takes in the pools of all layers, the scales of an int8 pool included."""
-    head_bytes = 2 * cfg.head_dim * jnp.dtype(dtype).itemsize  # K and V
-    if dtype == jnp.int8:
-        head_bytes += (num_k_scales(cfg.head_dim) + 1) * jnp.dtype(KV_SCALE_DTYPE).itemsize
-    return cfg.num_layers * cfg.num_kv_heads * head_bytes
+def kv_bytes_per_token(cfg: ModelConfig, kv_dtype: jnp.dtype, make_kv: Callable = make_layer) -> int:
+    """What a token takes in the pools of all layers, scales and padding included."""
+    token = jax.eval_shape(partial(make_kv, 1, 1, cfg.num_kv_heads, cfg.head_dim, jnp.dtype(kv_dtype).name))
+    return cfg.num_layers * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(token))
 
 
 def compile_allocation(
-    cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype, placement: Placement = ALONE
+    cfg: ModelConfig,
+    pool: PoolSize,
+    kv_dtype: jnp.dtype,
+    placement: Placement = ALONE,
+    make_kv: Callable = make_layer,
 ) -> Callable[[], DeviceState]:
     """The program that makes a zeroed DeviceState: at the start, and after a sleep."""
-    make = partial(make_state, cfg, pool, kv_dtype, Shards(placement.num_devices))
+    make = partial(make_state, cfg, pool, kv_dtype, Shards(placement.num_devices), make_kv)
     return jax.jit(placement.spread(make, in_specs=(), out_specs=STATE_SPECS)).lower().compile()
 
 
 def make_state(
-    cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype, shards: Shards = ONE_DEVICE
+    cfg: ModelConfig,
+    pool: PoolSize,
+    kv_dtype: jnp.dtype,
+    shards: Shards = ONE_DEVICE,
+    make_kv: Callable = make_layer,
 ) -> DeviceState:
-    """Empty slots and pages: one device's part, if several share the state. `cfg` is that of the part."""
+    """Empty slots and pages, these as `make_kv` of the chosen kernels makes them: one device's part, if
+    several share the state. `cfg` is that of the part."""
     num_slots = pool.num_slots + 1
     num_ids = shards.count_own(cfg.vocab_size)
-    shape_PSK = (pool.num_pages, pool.page_size, cfg.num_kv_heads)
-    values = partial(jnp.zeros, (*shape_PSK, cfg.head_dim), kv_dtype)
-
-    def layer() -> KVLayer:
-        if kv_dtype != jnp.int8:
-            return KVLayer(values(), values())
-        k_scale_PSKQ = jnp.zeros((*shape_PSK, num_k_scales(cfg.head_dim)), KV_SCALE_DTYPE)
-        return KVLayer(values(), values(), k_scale_PSKQ, jnp.zeros(shape_PSK, KV_SCALE_DTYPE))
-
+    layer = partial(make_kv, pool.num_pages, pool.page_size, cfg.num_kv_heads, cfg.head_dim)
     return DeviceState(
-        kv=[layer() for _ in range(cfg.num_layers)],
+        kv=[layer(jnp.dtype(kv_dtype).name) for _ in range(cfg.num_layers)],
         last_token_X=jnp.zeros(num_slots, jnp.int32),
         table_XW=jnp.zeros((num_slots, pool.table_width), jnp.int32),
         edits_XV=jnp.zeros((num_slots, num_ids), jnp.int32),

@@ -118,7 +118,7 @@ class Programs:
 
     def __init__(
         self,
-        model: nnx.Module,
+        model: Any,
         cfg: Any,
         pool: PoolSize,
         kv_dtype: jnp.dtype,
@@ -135,7 +135,7 @@ class Programs:
             self.encoder = ImageEncoder(
                 self._graphdef, self._abstract_params, images, placement, self._param_specs()
             )
-        self.allocate = compile_allocation(cfg, pool, kv_dtype, placement)
+        self.allocate = compile_allocation(cfg, pool, kv_dtype, placement, model.kernels.make_kv)
         self._abstract_state = jax.tree.map(_abstract, self.allocate.out_info)
         self._page_size = pool.page_size
         self._table_width = pool.table_width

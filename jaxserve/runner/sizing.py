@@ -26,6 +26,7 @@ class Machine:
     memory_bytes: int  # of one device; of the machine on the CPU
     free_bytes: int  # before the weights are loaded
     compute_capability: str = ""  # of a GPU, as in "9.0"
+    device_kind: str = ""  # as JAX calls it
     updates_bf16_in_place: bool = True  # or a step copies the whole pool, if it is bfloat16
 
 

@@ -56,15 +56,16 @@ def rope_write(
         name="kv_write",
         interpret=interpret,
     )(write_index_T, *rows, *places)
-    new_pools = [new.reshape(pool.shape) for new, pool in zip(written, pools, strict=True)]
-    return turned_TAH[:, :num_heads].astype(qkv_TAH.dtype), KVPages(*(*new_pools, None)[:2], kv.layout)
+    words, *scales = (new.reshape(pool.shape) for new, pool in zip(written, pools, strict=True))
+    new_kv = KVPages(words, scales[0] if scales else None, kv.layout)
+    return turned_TAH[:, :num_heads].astype(qkv_TAH.dtype), new_kv
 
 
 def _move_rows(page_size: int, index_T: Any, refs: tuple[Any, ...]) -> None:
     """`refs`: the rows of each pool, the pools as they came, the same as they leave, a semaphore."""
-    *refs, moved = refs
+    moved = refs[-1]
     num_pools = len(refs) // 3
-    rows, pools = refs[:num_pools], refs[2 * num_pools :]
+    rows, pools = refs[:num_pools], refs[2 * num_pools : -1]
     num_tokens = index_T.shape[0]
     num_groups = num_tokens // TOGETHER
 

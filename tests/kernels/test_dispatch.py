@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from jaxserve.kernels_pallas.dispatch import XLA_KERNELS, KernelTarget, choose_kernels
 from jaxserve.kernels_pallas.kv_layer import KVLayer
+from jaxserve.kernels_pallas.kv_pages import KVPages
 from jaxserve.models.interface import StepBatch
 from jaxserve.models.layers import attend
 from tests.kernels.h200 import compile_for_h200, require_h200_compiler
@@ -23,14 +25,14 @@ H200 = KernelTarget(
     kv_dtype="bfloat16",
     compute_capability="9.0",
 )
+V5E = replace(H200, platform="tpu", page_size=128, compute_capability="", device_kind="TPU v5 lite")
 NEEDS_JAX_011 = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="The GPU kernels need jax 0.11.2 or later."
 )
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
-def test_elsewhere_xla_has_it(platform):
-    assert choose_kernels(replace(H200, platform=platform)) is XLA_KERNELS
+def test_on_a_cpu_xla_has_it():
+    assert choose_kernels(replace(H200, platform="cpu")) is XLA_KERNELS
 
 
 @NEEDS_JAX_011
@@ -78,6 +80,42 @@ def test_what_a_kernel_does_not_serve_is_named(change, operation, reason):
     kernels = choose_kernels(replace(H200, **change))
     assert getattr(kernels, operation) is getattr(XLA_KERNELS, operation)
     assert f"; xla, as {reason}" in kernels.name
+
+
+def test_a_tpu_gets_kernels_of_its_own_and_their_pool():
+    from jaxserve.kernels_pallas.kv_write import tpu as kv_write
+    from jaxserve.kernels_pallas.paged_attention import tpu_decode, tpu_plan, tpu_prefill
+
+    kernels = choose_kernels(V5E)
+    assert kernels.name == "pallas"
+    assert kernels.rope_write is kv_write.rope_write
+    for form, chosen in (
+        (tpu_decode.paged_decode, kernels.paged_decode),
+        (tpu_prefill.paged_prefill, kernels.paged_prefill),
+    ):
+        assert isinstance(chosen, partial)
+        assert chosen.func is form
+        assert chosen.keywords == {"chip": tpu_plan.CHIPS["TPU v5 lite"]}
+    assert isinstance(kernels.make_kv(2, 128, 8, 128, "bfloat16"), KVPages)
+    assert "no figures of 'TPU v9'" in choose_kernels(replace(V5E, device_kind="TPU v9")).name
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 96}, "the TPU's kernels want heads of 64, 128, 256, not 96"),
+        ({"page_size": 8}, "the TPU's kernels want pages of 16, 32, 64, 128, 256, 512 tokens, not 8"),
+        (
+            {"kv_dtype": "float32"},
+            "the TPU's kernels want pools of bfloat16, int8, float8_e4m3fn, not float32",
+        ),
+    ],
+    ids=str,
+)
+def test_what_the_tpus_kernels_do_not_serve_xla_does(change, reason):
+    kernels = choose_kernels(replace(V5E, **change))
+    assert replace(kernels, name="xla") == XLA_KERNELS
+    assert kernels.name == f"xla ({reason})"
 
 
 def test_an_unknown_platform_is_refused():

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.kernels_pallas.kv_pages import make_pages
 from jaxserve.runner.device_state import PoolSize, compile_allocation, kv_bytes_per_token
 from jaxserve.runner.forks import pack_forks, write_forks
 from jaxserve.runner.memory import live_bytes
@@ -28,6 +29,14 @@ def test_a_token_takes_what_sizing_counts(kv_dtype, head_bytes):
     state = compile_allocation(CFG, POOL, jnp.dtype(kv_dtype))()
     per_token = kv_bytes_per_token(CFG, jnp.dtype(kv_dtype))
     assert per_token == 3 * 2 * head_bytes  # layers, heads; K with two scales and V with one
+    assert live_bytes(state.kv) == POOL.num_pages * POOL.page_size * per_token
+
+
+@pytest.mark.parametrize(("kv_dtype", "num_rows"), [("bfloat16", 1), ("int8", 2)])
+def test_a_token_of_a_tpu_takes_whole_rows(kv_dtype, num_rows):
+    state = compile_allocation(CFG, POOL, jnp.dtype(kv_dtype), make_kv=make_pages)()
+    per_token = kv_bytes_per_token(CFG, jnp.dtype(kv_dtype), make_pages)
+    assert per_token == 3 * num_rows * 512  # layers, and a row of scales where there are some
     assert live_bytes(state.kv) == POOL.num_pages * POOL.page_size * per_token
 
 

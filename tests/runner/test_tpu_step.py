@@ -1,0 +1,74 @@
+"""The whole step of a small model, compiled for a TPU without one: our kernels, no copies, little code.
+
+Two layers of the Llama 3.2 1B shape, as what is asked of one layer is asked of all.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
+from jaxserve.models import llama
+from jaxserve.runner.batch import packed_size
+from jaxserve.runner.buckets import Shape
+from jaxserve.runner.device_state import PoolSize, make_state
+from jaxserve.runner.programs import run_step
+from jaxserve.weights.loader import describe_params
+from tests.kernels.tpu import compile_for_tpu, device_kind
+from tests.runner.test_h200_step import list_copies
+
+CFG = llama.Config(
+    vocab_size=32768,
+    width=2048,
+    mlp_width=8192,
+    num_layers=2,
+    num_heads=32,
+    num_kv_heads=8,
+    head_dim=64,
+    norm_eps=1e-5,
+    rope_theta=500000.0,
+    rope_scaling=None,
+    max_context=131072,
+    ties_embeddings=True,
+)
+PAGE_SIZE = 128
+POOL = PoolSize(num_pages=1025, page_size=PAGE_SIZE, num_slots=64, table_width=1024)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kv_dtype", "quantization"),
+    [(Shape(64, 0), "bfloat16", "none"), (Shape(8, 0), "int8", "int8"), (Shape(8, 248), "bfloat16", "none")],
+    ids=str,
+)
+def test_a_step_attends_in_our_kernels_and_copies_neither_weights_nor_pool(shape, kv_dtype, quantization):
+    target = KernelTarget(
+        platform="tpu",
+        head_dim=CFG.head_dim,
+        num_kv_heads=CFG.num_kv_heads,
+        page_size=PAGE_SIZE,
+        kv_dtype=kv_dtype,
+        device_kind=device_kind("v5e"),
+    )
+    kernels = choose_kernels(target)
+    params = describe_params(llama.param_specs(CFG), dtype="bfloat16", quantization=quantization)
+    graphdef, weights = nnx.split(llama.Model(CFG, params, kernels))
+    state = jax.eval_shape(partial(make_state, CFG, POOL, jnp.dtype(kv_dtype), make_kv=kernels.make_kv))
+    packed = jax.ShapeDtypeStruct((packed_size(shape, POOL.table_width),), jnp.int32)
+    step = partial(run_step, graphdef, shape, PAGE_SIZE)
+    report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1)
+
+    pool_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.kv))
+    assert report.alias_bytes >= pool_bytes
+    matrix_bytes = CFG.width * CFG.num_heads * CFG.head_dim * (2 if quantization == "none" else 1)
+    entry = report.hlo[report.hlo.index("\nENTRY") :]
+    assert list_copies(entry, matrix_bytes) == []
+    forms = 1 + (shape.num_rows > 0) + (shape.num_tokens > 0)  # the write, decode, prefill
+    assert entry.count('custom_call_target="tpu_custom_call"') == forms * CFG.num_layers
+    assert report.code_bytes < 16e6  # 6 MB of which are not the layers'
+    assert report.temp_bytes < pool_bytes / 8
