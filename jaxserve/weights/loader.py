@@ -53,7 +53,6 @@ _BLOCK_ELEMENTS = 1 << 17
 _MAX_THREADS = 8
 _ALIGNMENT = 64  # bytes; jax takes a host array as it is on the CPU, without a copy, if it starts on this
 _MIN_ABSMAX = 1e-12  # as in models/quant.py: the scale of a row of zeros is tiny, not zero
-
 # Buffers that some writers save beside the weights, and that are computed here.
 _IGNORED_SUFFIXES = (
     "rotary_emb.inv_freq", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight",
