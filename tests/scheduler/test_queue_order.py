@@ -54,8 +54,8 @@ def test_the_longest_cached_prefix_goes_first_and_those_that_share_it_go_togethe
 
 
 def test_without_the_preference_or_the_cache_the_order_is_that_of_arrival():
-    for flags in ({"prefers_cached": False}, {"use_prefix_cache": False}):
-        state = new_state(200, PAGE, max_rows=8, **flags)
+    for prefers_cached, use_prefix_cache in ((False, True), (True, False)):
+        state = new_state(200, PAGE, 8, use_prefix_cache=use_prefix_cache, prefers_cached=prefers_cached)
         submit(state, "before", [1] * 12, max_new_tokens=0)
         run_to_end(state)
         submit(state, "new", [9] * 5)
