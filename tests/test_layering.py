@@ -23,6 +23,9 @@ ALLOWED: dict[str, set[str]] = {
     "runner": PLAIN | {"models", "kernels_pallas", "weights", "scheduler.plan", "vision"},
     "engine": PLAIN | {"scheduler", "runner"},
     "server": PLAIN | {"engine.client", "text", "vision"},
+    "blueprint": PLAIN
+    | {"models", "kernels_pallas", "weights", "runner", "scheduler.features", "vision.limits"},
+    "planning": PLAIN | {"blueprint", "models", "kernels_pallas", "weights", "runner"},
     "utils": set(),
     "types": {"errors"},
     "errors": set(),
@@ -53,6 +56,8 @@ ARRAYS: dict[str, set[str]] = {
     "scheduler": {"numpy"},
     "text": {"numpy"},
     "vision": {"numpy"},
+    "blueprint": ARRAY_LIBRARIES,
+    "planning": ARRAY_LIBRARIES,
     "build": ARRAY_LIBRARIES,
     "engine_main": ARRAY_LIBRARIES,
     "llm": ARRAY_LIBRARIES,

@@ -109,6 +109,33 @@ def run_step(
     return new_state, StepArrays(token_B, score_BZ, score_QZ)
 
 
+def list_param_specs(placement: Placement, params: Any) -> Any:
+    """How devices share the parameters; None where there is one device."""
+    if placement.mesh is None:
+        return None
+    return jax.tree.map(lambda x: x.sharding.spec, params)
+
+
+def lower_step(
+    graphdef: nnx.GraphDef,
+    shape: Shape,
+    pool: PoolSize,
+    placement: Placement,
+    params: Any,
+    state: Any,
+    packed: Any,
+    *features: Any,
+) -> jax.stages.Lowered:
+    """The step of a shape, ready to be compiled: arrays are described by shape, type and sharding only."""
+    param_specs = list_param_specs(placement, params)
+    step = placement.spread(
+        partial(run_step, graphdef, shape, pool.page_size),
+        in_specs=(param_specs, STATE_SPECS, EVERYWHERE, *[EVERYWHERE for _ in features]),
+        out_specs=(STATE_SPECS, EVERYWHERE),
+    )
+    return jax.jit(step, donate_argnums=1).lower(params, state, packed, *features)
+
+
 class Programs:
     """The compiled step programs of one model, by shape.
 
@@ -133,12 +160,15 @@ class Programs:
         self.encoder: ImageEncoder | None = None  # of a model that reads more than text
         if images is not None:
             self.encoder = ImageEncoder(
-                self._graphdef, self._abstract_params, images, placement, self._param_specs()
+                self._graphdef,
+                self._abstract_params,
+                images,
+                placement,
+                list_param_specs(placement, self._abstract_params),
             )
         self.allocate = compile_allocation(cfg, pool, kv_dtype, placement, model.kernels.make_kv)
         self._abstract_state = jax.tree.map(_abstract, self.allocate.out_info)
-        self._page_size = pool.page_size
-        self._table_width = pool.table_width
+        self._pool = pool
         self.ladder = ladder
         self.xla_options = chosen_options(jax.default_backend())  # that steps are compiled with
         self._first: list[Future[None]] = []
@@ -172,24 +202,21 @@ class Programs:
         """Compile the program of a shape, or restore it from the persistent cache."""
         start_s = time.perf_counter()
         features = () if self.encoder is None else (self.encoder.abstract_features,)
-        packed = self._describe((packed_size(shape, self._table_width, takes_images=bool(features)),))
-        step = self._placement.spread(
-            partial(run_step, self._graphdef, shape, self._page_size),
-            in_specs=(self._param_specs(), STATE_SPECS, EVERYWHERE, *[EVERYWHERE for _ in features]),
-            out_specs=(STATE_SPECS, EVERYWHERE),
+        num_words = packed_size(shape, self._pool.table_width, takes_images=bool(features))
+        lowered = lower_step(
+            self._graphdef,
+            shape,
+            self._pool,
+            self._placement,
+            self._abstract_params,
+            self._abstract_state,
+            self._describe((num_words,)),
+            *features,
         )
-        step = jax.jit(step, donate_argnums=1)
-        lowered = step.lower(self._abstract_params, self._abstract_state, packed, *features)
         program = lowered.compile(compiler_options=self.xla_options)
         with self._lock:  # and a new dict: the step loop may be iterating over the old one
             self.ready = {**self.ready, shape: program}
         logger.info("compiled the step of %s in %.1f s", shape, time.perf_counter() - start_s)
-
-    def _param_specs(self) -> Any:
-        """How devices share the parameters; not asked for where there is one device."""
-        if self._placement.mesh is None:
-            return None
-        return jax.tree.map(lambda x: x.sharding.spec, self._abstract_params)
 
     def _describe(self, shape: tuple[int, ...], dtype: Any = jnp.int32, axis: str | None = None):
         """An array from the host: whole on every device, or its only axis cut."""
@@ -214,7 +241,7 @@ class Programs:
 
     def compile_forks(self) -> None:
         """Compile the program that beams wait for: it writes block tables and copies pages."""
-        packed = self._describe(forks_shape(self._table_width))
+        packed = self._describe(forks_shape(self._pool.table_width))
         write = self._placement.spread(write_forks, (STATE_SPECS, EVERYWHERE), STATE_SPECS)
         self.write_forks = jax.jit(write, donate_argnums=0).lower(self._abstract_state, packed).compile()
 

@@ -1,6 +1,6 @@
 """Turns "auto" into numbers: one pure function from the settings, the model and the machine.
 
-Called once by build.py, which logs what was chosen. Plain Python: asks no device and allocates nothing.
+Called by blueprint.py. Plain Python: asks no device and allocates nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from jaxserve.errors import ConfigError
 GIB = 1 << 30
 PAGE_SIZE = {"tpu": 128, "gpu": 64, "cpu": 16}
 MIN_ROWS = {"tpu": 8, "gpu": 8, "cpu": 1}  # of the smallest decode program
+MAX_ROWS = {"tpu": 256, "gpu": 256, "cpu": 64}
+MEMORY_SHARE = 0.88  # of a device for weights, pool and sampling state; the rest is for programs
 CPU_KV_BYTES = 2 * GIB  # a laptop's share for the pool when nothing is said
 
 
@@ -113,6 +115,11 @@ def choose_page_size(config: ServerConfig, platform: str) -> int:
     return config.page_size or PAGE_SIZE[platform]
 
 
+def choose_max_rows(config: ServerConfig, platform: str) -> int:
+    """Sequences in one step, unless it is set."""
+    return config.max_running_requests or MAX_ROWS[platform]
+
+
 def choose_sizes(
     config: ServerConfig,
     machine: Machine,
@@ -136,7 +143,7 @@ def choose_sizes(
             param="context_length",
         )
     page_size = choose_page_size(config, platform)
-    max_rows = config.max_running_requests or (64 if platform == "cpu" else 256)
+    max_rows = choose_max_rows(config, platform)
     chunk_tokens, mixed_chunk_tokens = _choose_chunks(config, platform, context_length)
     num_tokens = config.max_total_tokens
     if num_tokens is None:
@@ -185,7 +192,7 @@ def _pool_budget(config: ServerConfig, machine: Machine, param_bytes: int) -> in
     """Bytes that the pool and the slots may take together. What others hold already is not ours to take."""
     if machine.platform == "cpu" and config.mem_fraction_static is None:
         return min(CPU_KV_BYTES // config.tp_size, (machine.free_bytes - param_bytes) // 2)
-    wanted_bytes = int(machine.memory_bytes * (config.mem_fraction_static or 0.88))
+    wanted_bytes = int(machine.memory_bytes * (config.mem_fraction_static or MEMORY_SHARE))
     if machine.platform == "cpu":
         return min(wanted_bytes, machine.free_bytes) - param_bytes
     return wanted_bytes - (machine.memory_bytes - machine.free_bytes) - param_bytes

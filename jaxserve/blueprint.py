@@ -1,0 +1,210 @@
+"""What a launch decides before it touches a device: types, kernels, pool, rows and programs.
+
+`draw_blueprint` is one function from settings, a model's config and a machine. build.py builds what it says;
+`jaxserve plan` prints it for machines that are not here, so both decide by the same code. No weights are read
+and nothing is allocated: a config.json is enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxserve.config import ServerConfig
+from jaxserve.errors import ConfigError
+from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
+from jaxserve.models.interface import ModelConfig, ParamSpec
+from jaxserve.runner.buckets import Ladder, make_ladder
+from jaxserve.runner.checkpoint import Checkpoint, read_family
+from jaxserve.runner.device_state import PoolSize, kv_bytes_per_token
+from jaxserve.runner.images import ImageSizes
+from jaxserve.runner.sizing import (
+    Machine,
+    Precision,
+    Sizes,
+    choose_page_size,
+    choose_precision,
+    choose_sizes,
+    share_machine,
+)
+from jaxserve.scheduler.features import BLOCK_ROWS
+from jaxserve.vision.limits import read_image_form
+from jaxserve.weights.placement import ALONE, Placement
+from jaxserve.weights.resolve import ModelFiles
+
+BYTES_PER_EDIT = 8  # of a slot and a token of the vocabulary: its count, and its bias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSketch:
+    """A model as a machine would serve it, before it is known whether it fits. Bytes are one device's."""
+
+    config: ServerConfig
+    machine: Machine
+    precision: Precision
+    checkpoint: Checkpoint
+    tp_size: int
+    max_drafts: int
+    param_bytes: int
+    kv_bytes_per_token: int
+    images: ImageSizes | None  # what the device holds for images; None for a model that reads text only
+    slot_bytes: int  # what a running sequence costs beside its pages
+
+    @property
+    def cfg(self) -> Any:
+        return self.checkpoint.cfg
+
+    @property
+    def specs(self) -> list[ParamSpec]:
+        return self.checkpoint.family.param_specs(self.cfg)
+
+    @property
+    def kv_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.precision.kv_dtype)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blueprint:
+    """A model that fits: all that there is to build."""
+
+    sketch: ModelSketch
+    sizes: Sizes
+    pool: PoolSize
+    ladder: Ladder
+
+    @property
+    def kv_bytes(self) -> int:
+        """Of the pool, on one device; the trash page included."""
+        return self.pool.num_pages * self.pool.page_size * self.sketch.kv_bytes_per_token
+
+    @property
+    def slots_bytes(self) -> int:
+        """Of the sampling state, on one device; the trash slot included."""
+        return (self.pool.num_slots + 1) * self.sketch.slot_bytes
+
+
+def draw_blueprint(
+    config: ServerConfig, files: ModelFiles, machine: Machine, placement: Placement = ALONE
+) -> Blueprint:
+    """Everything that is decided before a device is touched.
+
+    Raises WeightError for a model that is not served, and ConfigError where nothing fits or a setting is out
+    of what the model has.
+    """
+    return fit_sketch(sketch_model(config, files, machine, placement))
+
+
+def sketch_model(
+    config: ServerConfig, files: ModelFiles, machine: Machine, placement: Placement = ALONE
+) -> ModelSketch:
+    """The types and kernels that a machine serves a model with, and what they take."""
+    family, cfg = read_family(config.model_path, files)
+    specs = family.param_specs(cfg)
+    precision = choose_precision(config, machine, checkpoint_bits(files, specs))
+    tp_size = placement.num_devices
+    local_cfg = family.divide(cfg, tp_size).local_cfg
+    checkpoint = Checkpoint(
+        files=files,
+        family=family,
+        cfg=cfg,
+        kernels=choose_kernels(_describe_target(config, machine, local_cfg, precision.kv_dtype, tp_size)),
+        dtype=precision.dtype,
+        quantization=precision.quantization,
+        random_seed=config.random_seed or 0,
+        download_dir=config.download_dir,
+        placement=placement,
+    )
+    images = _choose_images(config, files, cfg)
+    return ModelSketch(
+        config=config,
+        machine=share_machine(machine, tp_size),
+        precision=precision,
+        checkpoint=checkpoint,
+        tp_size=tp_size,
+        max_drafts=config.speculative_num_draft_tokens if config.speculative_algorithm == "ngram" else 0,
+        param_bytes=checkpoint.count_device_bytes() + (images.num_bytes if images else 0),
+        images=images,
+        kv_bytes_per_token=kv_bytes_per_token(
+            local_cfg, jnp.dtype(precision.kv_dtype), checkpoint.kernels.make_kv
+        ),
+        slot_bytes=BYTES_PER_EDIT * math.ceil(cfg.vocab_size / tp_size),
+    )
+
+
+def fit_sketch(sketch: ModelSketch) -> Blueprint:
+    """The pool, rows and programs that a sketch leaves room for. Raises ConfigError if it leaves none."""
+    sizes = choose_sizes(
+        sketch.config,
+        sketch.machine,
+        sketch.precision,
+        model_context=sketch.cfg.max_context,
+        param_bytes=sketch.param_bytes,
+        kv_bytes_per_token=sketch.kv_bytes_per_token,
+        slot_bytes=sketch.slot_bytes,
+    )
+    pool = PoolSize(
+        num_pages=sizes.num_pages,
+        page_size=sizes.page_size,
+        num_slots=sizes.max_rows,
+        table_width=sizes.table_width,
+    )
+    # A draft has a row for each of its tokens, whatever the number of slots.
+    ladder = make_ladder(
+        max_rows=max(sizes.max_rows, 1 + sketch.max_drafts),
+        max_tokens=sizes.chunk_tokens,
+        max_mixed_tokens=sizes.mixed_chunk_tokens,
+        min_rows=sizes.min_rows,
+        mixes=sizes.mixes,
+    )
+    return Blueprint(sketch=sketch, sizes=sizes, pool=pool, ladder=ladder)
+
+
+def checkpoint_bits(files: ModelFiles, specs: Sequence[ParamSpec]) -> float:
+    """Bits a weight takes in the files, on average, metadata included; 16 where there are no files."""
+    if files.kind == "dummy":
+        return 16
+    num_weights = sum(math.prod(spec.shape) for spec in specs)
+    return 8 * sum(path.stat().st_size for path in files.files) / num_weights
+
+
+def _choose_images(config: ServerConfig, files: ModelFiles, cfg: ModelConfig) -> ImageSizes | None:
+    """What the device holds for images; None for a model that reads text only."""
+    vision = getattr(cfg, "vision", None)
+    if vision is None:
+        return None
+    form = read_image_form(files.local_dir, files.hf_config["vision_config"])
+    largest = config.max_image_pixels // form.tile_size**2  # tokens
+    num_rows = config.image_cache_tokens or 4 * largest
+    if num_rows < largest:
+        raise ConfigError(
+            f"image_cache_tokens must hold the largest image, {largest} tokens of max_image_pixels, got "
+            f"{num_rows}.",
+            param="image_cache_tokens",
+        )
+    return ImageSizes(
+        form=form,
+        width=vision.out_width,
+        max_patches=largest * form.merge_size**2,
+        num_rows=-(-num_rows // BLOCK_ROWS) * BLOCK_ROWS,
+        window_patches=vision.window_patches,
+        image_token_id=files.hf_config["image_token_id"],
+    )
+
+
+def _describe_target(
+    config: ServerConfig, machine: Machine, cfg: ModelConfig, kv_dtype: str, num_devices: int
+) -> KernelTarget:
+    return KernelTarget(
+        platform=machine.platform,
+        head_dim=cfg.head_dim,
+        num_kv_heads=cfg.num_kv_heads,
+        page_size=choose_page_size(config, machine.platform),
+        kv_dtype=kv_dtype,
+        compute_capability=machine.compute_capability,
+        num_devices=num_devices,
+        device_kind=machine.device_kind,
+    )
