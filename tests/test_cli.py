@@ -31,7 +31,8 @@ def _restored_logging():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--help"], ["launch", "--help"], ["configs"], ["config", "--config", "qwen"]]
+    "argv",
+    [["--help"], ["launch", "--help"], ["configs"], ["config", "--config", "qwen"], ["plan", "--help"]],
 )
 def test_help_and_config_import_nothing_heavy(argv: list[str]):
     script = (

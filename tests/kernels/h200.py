@@ -25,7 +25,7 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-TARGET_CONFIG = Path(__file__).parent / "h200_target_config.textproto"
+TARGET_CONFIG = Path(__file__).parents[2] / "jaxserve" / "planning" / "h200_target_config.textproto"
 BARRIER_BYTES = 8
 SMEM_LIMIT_BYTES = 227 * 1024  # of one block
 

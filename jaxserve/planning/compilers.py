@@ -1,0 +1,155 @@
+"""Compiles a slice's step programs on a machine that has no such chip, and reads what the compiler says.
+
+TPUs: libtpu brings the whole compiler, and jax.experimental.topologies describes a slice to it. H200: the
+CUDA plugin does, from a description of the card. What is read is what a launch there would get: buffers,
+code, collectives. Time is only estimated, and not where loops or kernels are: a loop is counted once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jaxserve.blueprint import Blueprint, ModelSketch
+from jaxserve.planning.slices import Slice
+from jaxserve.runner.batch import packed_size
+from jaxserve.runner.buckets import Shape
+from jaxserve.runner.checkpoint import Checkpoint
+from jaxserve.runner.device_state import make_state
+from jaxserve.runner.programs import lower_step
+
+H200_CONFIG = Path(__file__).parent / "h200_target_config.textproto"
+COLLECTIVE = re.compile(
+    r"= \S+ (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramReport:
+    """One compiled program. Bytes are of one device."""
+
+    shape: Shape
+    compile_s: float
+    code_bytes: int
+    argument_bytes: int
+    temp_bytes: int
+    alias_bytes: int
+    state_bytes: int  # of the donated state, as counted from shapes; at least so many must be aliased
+    collectives: dict[str, int]  # in the program's text; those within a loop run once a layer
+    estimate_s: float | None  # the compiler's, where it has one
+    problem: str = ""  # why it did not compile; then the figures are 0
+
+
+def find_missing_compiler(where: Slice) -> str:
+    """Why nothing can be compiled for that slice here; empty if it can."""
+    if where.chip.platform == "tpu":
+        return "" if importlib.util.find_spec("libtpu") else "libtpu is not installed (pip install libtpu)"
+    if jax.__version_info__ < (0, 11):
+        return f"the GPU kernels need jax 0.11.2 or later, and this is {jax.__version__}"
+    if not all(importlib.util.find_spec(name) for name in ("jax_plugins", "jax_plugins.xla_cuda13")):
+        return "jax-cuda13-plugin and jax-cuda13-pjrt are not installed (pip install --no-deps both)"
+    return ""
+
+
+def choose_programs(blueprint: Blueprint) -> list[Shape]:
+    """The decode programs of fewest and of most rows, and the longest chunk: speed, and the most memory."""
+    shapes = blueprint.ladder.shapes
+    decode = [shape for shape in shapes if not shape.num_tokens]
+    prefill = [shape for shape in shapes if not shape.num_rows]
+    return list(dict.fromkeys([min(decode), max(decode), max(prefill)]))
+
+
+def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) -> list[ProgramReport]:
+    """Each program compiled for one device: its share of one copy of the model, without the sums over
+    devices. A program that does not compile says why."""
+    device = _describe_devices(where)[0]
+    place = partial(jax.tree.map, partial(_place, SingleDeviceSharding(device)))
+    sketch = blueprint.sketch
+    checkpoint = _take_share(sketch)
+    graphdef, params = nnx.split(checkpoint.describe_model())
+    state = jax.eval_shape(partial(make_state, checkpoint.cfg, blueprint.pool, sketch.kv_dtype))
+    reports = []
+    for shape in shapes:
+        packed = jax.ShapeDtypeStruct((packed_size(shape, blueprint.pool.table_width),), "int32")
+        start_s = time.perf_counter()
+        try:
+            lowered = lower_step(graphdef, shape, blueprint.pool, place(params), place(state), place(packed))
+            program = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            reports.append(_failed(shape, time.perf_counter() - start_s, str(error)))
+            continue
+        reports.append(_read_report(shape, time.perf_counter() - start_s, program, count_bytes(state)))
+    return reports
+
+
+def _take_share(sketch: ModelSketch) -> Checkpoint:
+    """The checkpoint of a model as narrow as what one of the devices that share a layer holds of it."""
+    cfg, tp_size = sketch.cfg, sketch.tp_size
+    share = replace(
+        cfg,
+        num_heads=cfg.num_heads // tp_size,
+        num_kv_heads=max(1, cfg.num_kv_heads // tp_size),
+        mlp_width=cfg.mlp_width // tp_size,
+        vocab_size=cfg.vocab_size // tp_size,
+    )
+    return replace(sketch.checkpoint, cfg=share)
+
+
+def count_bytes(tree: Any) -> int:
+    """Of the arrays that a tree of shapes describes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _describe_devices(where: Slice) -> Any:
+    if where.chip.platform == "tpu":
+        return topologies.get_topology_desc(str(where), "tpu").devices
+    config = H200_CONFIG.read_text()
+    grid = f"1x1x{where.num_devices}"
+    return topologies.get_topology_desc("", "cuda", target_config=config, topology=grid).devices
+
+
+def _place(sharding: jax.sharding.Sharding, leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _read_report(shape: Shape, compile_s: float, program: Any, state_bytes: int) -> ProgramReport:
+    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
+    text = program.as_text()
+    seconds = cost.get("optimal_seconds", -1.0)
+    return ProgramReport(
+        shape=shape,
+        compile_s=compile_s,
+        code_bytes=memory.generated_code_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        state_bytes=state_bytes,
+        collectives=dict(Counter(COLLECTIVE.findall(text))),
+        estimate_s=seconds if seconds > 0 else None,
+    )
+
+
+def _failed(shape: Shape, compile_s: float, message: str) -> ProgramReport:
+    return ProgramReport(
+        shape=shape,
+        compile_s=compile_s,
+        code_bytes=0,
+        argument_bytes=0,
+        temp_bytes=0,
+        alias_bytes=0,
+        state_bytes=0,
+        collectives={},
+        estimate_s=None,
+        problem=message.partition("\n")[0],
+    )

@@ -1,0 +1,96 @@
+"""The least time that a step can take on a chip, from its traffic and the chip's peaks: estimates.
+
+A step takes at least as long as its bytes at the peak of the memory, and as its products at the peak of the
+arithmetic, whichever is longer; sums over devices come on top, as nothing here overlaps them. Programs do not
+reach peaks: what is printed is a bound, and no promise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxserve.blueprint import Blueprint, ModelSketch
+from jaxserve.planning.slices import Slice
+from jaxserve.planning.traffic import StepWork, Traffic, count_traffic
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepBound:
+    """Seconds of one step, at the least."""
+
+    memory_s: float
+    compute_s: float
+    sums_s: float
+
+    @property
+    def step_s(self) -> float:
+        return max(self.memory_s, self.compute_s) + self.sums_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingBound:
+    """A slice that decodes `sequences` at once, over all copies of the model."""
+
+    sequences: int
+    rows_per_copy: int
+    itl_s: float
+    tokens_per_s: float
+    limit: str  # "memory", "arithmetic" or "links": what takes most of the time
+    fits_pool: bool  # whether so many sequences of that context have pages
+
+
+def bound_step(sketch: ModelSketch, where: Slice, work: StepWork) -> StepBound:
+    """The bound of one step on a slice, whose devices the sketch's `tp_size` share a layer."""
+    traffic = count_traffic(sketch, work)
+    chip = where.chip
+    matmul_peak = chip.int8_flops if sketch.precision.quantization == "int8" else chip.bf16_flops
+    return StepBound(
+        memory_s=traffic.num_bytes / chip.hbm_bytes_per_s,
+        compute_s=traffic.matmul_flops / matmul_peak + traffic.attention_flops / chip.bf16_flops,
+        sums_s=_bound_sums(traffic, sketch.tp_size, where),
+    )
+
+
+def bound_ttft(blueprint: Blueprint, where: Slice, prompt_tokens: int) -> float:
+    """Seconds from a prompt to its first token on a server that is idle: its chunks, one by one."""
+    chunk_tokens = blueprint.sizes.chunk_tokens
+    total_s = 0.0
+    for start in range(0, prompt_tokens, chunk_tokens):
+        num_tokens = min(chunk_tokens, prompt_tokens - start)
+        work = StepWork(num_rows=0, context=start, num_chunk_tokens=num_tokens)
+        total_s += bound_step(blueprint.sketch, where, work).step_s
+    return total_s
+
+
+def bound_serving(blueprint: Blueprint, where: Slice, sequences: int, context: int) -> ServingBound:
+    """Decoding at a steady number of sequences, each of `context` tokens."""
+    num_copies = where.num_devices // blueprint.sketch.tp_size
+    rows = math.ceil(sequences / num_copies)
+    bound = bound_step(blueprint.sketch, where, StepWork(num_rows=rows, context=context))
+    shares = {"memory": bound.memory_s, "arithmetic": bound.compute_s, "links": bound.sums_s}
+    return ServingBound(
+        sequences=sequences,
+        rows_per_copy=rows,
+        itl_s=bound.step_s,
+        tokens_per_s=sequences / bound.step_s,
+        limit=max(shares, key=lambda name: shares[name]),
+        fits_pool=rows <= count_sequences(blueprint, context),
+    )
+
+
+def count_sequences(blueprint: Blueprint, context: int) -> int:
+    """How many sequences of `context` tokens one copy of the model holds at once."""
+    pages = math.ceil(context / blueprint.sizes.page_size)
+    return min(blueprint.sizes.max_rows, (blueprint.sizes.num_pages - 1) // pages)
+
+
+def _bound_sums(traffic: Traffic, tp_size: int, where: Slice) -> float:
+    """A sum sends twice (n - 1) / n of its bytes over all links of a device, and crosses the grid twice."""
+    if tp_size == 1:
+        return 0.0
+    sent_bytes = 2 * (tp_size - 1) / tp_size * traffic.sum_bytes
+    # The farthest device of a grid whose axes are rings; behind a switch all are one hop away.
+    num_axes = len(where.dims)
+    hops = 1.0 if where.chip.is_switched else max(1.0, num_axes * tp_size ** (1 / num_axes) / 2)
+    return traffic.num_sums * (sent_bytes / where.chip.link_bytes_per_s + 2 * hops * where.chip.hop_s)

@@ -1,0 +1,97 @@
+"""The arithmetic of traffic and roofline against sums that are done here by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from jaxserve.blueprint import ModelSketch
+from jaxserve.config import ServerConfig
+from jaxserve.planning.fit import SliceFit, fit_slice
+from jaxserve.planning.roofline import bound_serving, bound_step, bound_ttft, count_sequences
+from jaxserve.planning.shapes import find_model
+from jaxserve.planning.slices import list_slices
+from jaxserve.planning.traffic import StepWork, count_traffic
+
+# Of Llama 3 8B: a layer's matrices, and its head.
+LAYER_WEIGHTS = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
+HEAD_WEIGHTS = 128256 * 4096
+NORM_BYTES = (2 * 32 + 1) * 4096 * 4
+KV_BYTES = 32 * 2 * 8 * 128 * 2  # of a token
+
+
+def fit(topology: str, model: str = "llama-3-8b", context: int = 1280, **flags) -> SliceFit:
+    config = ServerConfig(model_path=model, **flags)
+    (where,) = list_slices([topology])
+    return fit_slice(config, find_model(config), where, context)
+
+
+def sketch(topology: str = "v5p:1x1x1", **flags) -> ModelSketch:
+    return fit(topology, **flags).sketch
+
+
+def test_a_decode_step_reads_each_weight_once_and_the_context_of_each_row():
+    traffic = count_traffic(sketch(), StepWork(num_rows=3, context=1000))
+    embedding_rows = 3 * 4096 * 2
+    assert traffic.weight_bytes == 2 * (32 * LAYER_WEIGHTS + HEAD_WEIGHTS) + NORM_BYTES + embedding_rows
+    assert traffic.kv_bytes == 3 * (1000 + 1) * KV_BYTES
+    assert traffic.matmul_flops == 3 * 2 * (32 * LAYER_WEIGHTS + HEAD_WEIGHTS)
+    assert traffic.attention_flops == 3 * 4 * 32 * 32 * 128 * 1000
+    assert traffic.num_sums == 0
+
+
+def test_a_tied_embedding_is_read_as_the_head():
+    whole = sketch(model="qwen2.5-0.5b")
+    traffic = count_traffic(whole, StepWork(num_rows=1, context=1))
+    assert traffic.weight_bytes == whole.param_bytes
+
+
+def test_a_chunk_multiplies_all_its_tokens_and_one_of_them_with_the_head():
+    traffic = count_traffic(sketch(), StepWork(num_rows=0, context=500, num_chunk_tokens=100))
+    assert traffic.matmul_flops == 2 * (100 * 32 * LAYER_WEIGHTS + HEAD_WEIGHTS)
+    assert traffic.attention_flops == 4 * 32 * 32 * 128 * 100 * (500 + 50)
+    assert traffic.kv_bytes == (500 + 100) * KV_BYTES
+
+
+def test_devices_share_weights_and_sum_after_each_cut_product():
+    work = StepWork(num_rows=8, context=1000)
+    alone, four = (count_traffic(sketch(topology), work) for topology in ("v5p:1x1x1", "v5p:2x2x1"))
+    assert four.weight_bytes == pytest.approx(alone.weight_bytes / 4, rel=1e-2)
+    assert four.kv_bytes == alone.kv_bytes // 4
+    assert four.num_sums == 2 * 32 + 3
+    assert four.sum_bytes == 8 * 4096 * 4
+
+
+def test_one_sequence_is_bound_by_memory_and_a_long_prompt_by_arithmetic():
+    made = fit("v5p:1x1x1")
+    decode = bound_step(made.sketch, made.where, StepWork(num_rows=1, context=1024))
+    assert decode.step_s == decode.memory_s == pytest.approx(15.2e9 / 2765e9, rel=0.02)
+    prefill = bound_step(made.sketch, made.where, StepWork(num_rows=0, context=0, num_chunk_tokens=2048))
+    assert prefill.step_s == prefill.compute_s > 2 * 2048 * 32 * LAYER_WEIGHTS / 459e12
+
+
+def test_a_prompt_of_two_chunks_takes_both():
+    made = fit("v5p:1x1x1", chunked_prefill_size=512)
+    assert made.blueprint is not None
+    one, two = (bound_ttft(made.blueprint, made.where, tokens) for tokens in (512, 1024))
+    assert 2 * one < two < 2.1 * one  # the second attends to the first
+
+
+def test_copies_of_the_model_share_the_sequences():
+    made = fit("v5p:2x2x1", model="qwen2.5-0.5b")  # two devices a copy: 14 heads
+    assert made.blueprint is not None
+    assert made.num_copies == 2
+    bound = bound_serving(made.blueprint, made.where, 64, 1280)
+    assert bound.rows_per_copy == 32
+    assert bound.tokens_per_s == pytest.approx(64 / bound.itl_s)
+
+
+def test_sequences_are_bounded_by_pages_and_by_rows():
+    made = fit("v5e:1x1", quantization="int8")
+    assert made.blueprint is not None
+    sizes = made.blueprint.sizes
+    assert count_sequences(made.blueprint, 8192) == sizes.num_tokens // 8192
+    assert count_sequences(made.blueprint, 1) == min(sizes.max_rows, sizes.num_pages - 1)
+    few = replace(made.blueprint, sizes=replace(sizes, max_rows=2))
+    assert count_sequences(few, 128) == 2
