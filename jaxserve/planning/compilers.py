@@ -8,26 +8,28 @@ code, collectives. Time is only estimated, and not where loops or kernels are: a
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 
-from jaxserve.blueprint import Blueprint, ModelSketch
+from jaxserve.blueprint import Blueprint
+from jaxserve.kernels_pallas.shards import Shards
 from jaxserve.planning.slices import Slice
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
-from jaxserve.runner.checkpoint import Checkpoint
-from jaxserve.runner.device_state import make_state
+from jaxserve.runner.device_state import STATE_SPECS, DeviceState, make_state
 from jaxserve.runner.programs import lower_step
+from jaxserve.weights.placement import Placement, make_placement
 
 H200_CONFIG = Path(__file__).parent / "h200_target_config.textproto"
 COLLECTIVE = re.compile(
@@ -71,20 +73,29 @@ def choose_programs(blueprint: Blueprint) -> list[Shape]:
 
 
 def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) -> list[ProgramReport]:
-    """Each program compiled for one device: its share of one copy of the model, without the sums over
-    devices. A program that does not compile says why."""
-    device = _describe_devices(where)[0]
-    place = partial(jax.tree.map, partial(_place, SingleDeviceSharding(device)))
+    """Each program compiled for the devices of one copy of the model. One that does not compile says why."""
     sketch = blueprint.sketch
-    checkpoint = _take_share(sketch)
+    devices = _describe_devices(where)[: sketch.tp_size]
+    placement = make_placement(devices)
+    alone = SingleDeviceSharding(devices[0])  # of all arrays, where there is no mesh
+    checkpoint = replace(sketch.checkpoint, placement=placement)
     graphdef, params = nnx.split(checkpoint.describe_model())
-    state = jax.eval_shape(partial(make_state, checkpoint.cfg, blueprint.pool, sketch.kv_dtype))
+    make = partial(
+        make_state, checkpoint.local_cfg, blueprint.pool, sketch.kv_dtype, Shards(placement.num_devices)
+    )
+    state = jax.eval_shape(placement.spread(make, in_specs=(), out_specs=STATE_SPECS))
+    if placement.mesh is None:
+        params, state = jax.tree.map(partial(_place, alone), (params, state))
+    else:
+        state = _place_state(placement, state)
+    everywhere = placement.make_sharding(()) if placement.mesh is not None else alone
     reports = []
     for shape in shapes:
-        packed = jax.ShapeDtypeStruct((packed_size(shape, blueprint.pool.table_width),), "int32")
+        size = packed_size(shape, blueprint.pool.table_width)
+        packed = jax.ShapeDtypeStruct((size,), "int32", sharding=everywhere)
         start_s = time.perf_counter()
         try:
-            lowered = lower_step(graphdef, shape, blueprint.pool, place(params), place(state), place(packed))
+            lowered = lower_step(graphdef, shape, blueprint.pool, placement, params, state, packed)
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             reports.append(_failed(shape, time.perf_counter() - start_s, str(error)))
@@ -93,22 +104,10 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
     return reports
 
 
-def _take_share(sketch: ModelSketch) -> Checkpoint:
-    """The checkpoint of a model as narrow as what one of the devices that share a layer holds of it."""
-    cfg, tp_size = sketch.cfg, sketch.tp_size
-    share = replace(
-        cfg,
-        num_heads=cfg.num_heads // tp_size,
-        num_kv_heads=max(1, cfg.num_kv_heads // tp_size),
-        mlp_width=cfg.mlp_width // tp_size,
-        vocab_size=cfg.vocab_size // tp_size,
-    )
-    return replace(sketch.checkpoint, cfg=share)
-
-
 def count_bytes(tree: Any) -> int:
-    """Of the arrays that a tree of shapes describes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Of one device's part of the arrays that a tree of shapes describes."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _describe_devices(where: Slice) -> Any:
@@ -117,6 +116,16 @@ def _describe_devices(where: Slice) -> Any:
     config = H200_CONFIG.read_text()
     grid = f"1x1x{where.num_devices}"
     return topologies.get_topology_desc("", "cuda", target_config=config, topology=grid).devices
+
+
+def _place_state(placement: Placement, state: DeviceState) -> DeviceState:
+    """The state with the shardings that STATE_SPECS names; one of them is for all leaves of the pool."""
+
+    def place(spec: Any, tree: Any) -> Any:
+        sharding = NamedSharding(cast(Mesh, placement.mesh), spec)
+        return jax.tree.map(partial(_place, sharding), tree)
+
+    return DeviceState(*(place(spec, tree) for spec, tree in zip(STATE_SPECS, state, strict=True)))
 
 
 def _place(sharding: jax.sharding.Sharding, leaf: Any) -> jax.ShapeDtypeStruct:

@@ -10,13 +10,17 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from jax.sharding import AbstractMesh
+
 from jaxserve.blueprint import Blueprint, ModelSketch, fit_sketch, sketch_model
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
+from jaxserve.models.sharding import TENSOR
 from jaxserve.planning.chips import GIB
 from jaxserve.planning.slices import Slice, choose_tp_size
 from jaxserve.runner.checkpoint import read_family
 from jaxserve.runner.sizing import MEMORY_SHARE, Machine, choose_max_rows, choose_page_size
+from jaxserve.weights.placement import ALONE, Placement
 from jaxserve.weights.resolve import ModelFiles
 
 FEWER_ROWS = 32
@@ -67,7 +71,7 @@ def fit_slice(config: ServerConfig, files: ModelFiles, where: Slice, context: in
         raise ConfigError(
             f"tp_size {tp_size} does not divide the {where.num_devices} devices of {where}.", param="tp_size"
         )
-    sketch = sketch_model(dataclasses.replace(config, tp_size=tp_size), files, _as_machine(where))
+    sketch = sketch_model(config, files, _as_machine(where), _imagine_devices(tp_size))
     missing_bytes = max(0, _needed_bytes(sketch, context) - _usable_bytes(sketch))
     try:
         blueprint = fit_sketch(sketch)
@@ -115,6 +119,11 @@ def _list_grids(where: Slice) -> Iterable[tuple[int, ...]]:
         dims = tuple(int(part) for part in size.split("x"))
         if math.prod(dims) > where.num_chips:
             yield dims
+
+
+def _imagine_devices(count: int) -> Placement:
+    """Devices that share each layer, as many as that, on no machine."""
+    return ALONE if count == 1 else Placement(AbstractMesh((count,), (TENSOR,)))
 
 
 def _as_machine(where: Slice) -> Machine:

@@ -27,10 +27,6 @@ NOTES = (
     "ITL, TTFT and tokens/s are roofline estimates: the least time that bytes, products and sums over "
     "devices can take at the chip's peaks. A server is slower.",
 )
-SHARE_NOTE = (
-    "Programs of more than one device were compiled for one device's share of the model, "
-    "without the sums over devices."
-)
 LOOP_NOTE = "The compiler's estimate is its own; a dash is where it has none, or counts loops wrongly."
 
 
@@ -87,8 +83,6 @@ def list_notes(plans: Sequence[SlicePlan]) -> list[str]:
     notes: list[str] = [*NOTES]
     if any(plan.programs for plan in plans):
         notes.append(LOOP_NOTE)
-    if any(plan.programs and plan.fit.sketch.tp_size > 1 for plan in plans):
-        notes.append(SHARE_NOTE)
     notes += dict.fromkeys(
         f"Nothing was compiled for {plan.fit.where.chip.name}: {plan.not_compiled}."
         for plan in plans

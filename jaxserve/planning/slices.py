@@ -85,9 +85,8 @@ def choose_tp_size(cfg: ModelConfig, specs: Sequence[ParamSpec], num_devices: in
     sizes = [cfg.num_heads]
     for spec in specs:
         for place, axis in enumerate(spec.axes):
-            if axis == "heads":
-                continue  # whole heads: the number of them counts
-            if axis is not None:
+            # Of axes made of heads the number of heads counts. What does not divide would be filled up.
+            if axis not in (None, "heads", "qkv"):
                 sizes += [source.shape[place] for source in spec.sources]
     shared = math.gcd(num_devices, *sizes)
     divisors = [count for count in range(1, shared + 1) if shared % count == 0]

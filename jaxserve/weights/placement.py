@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxserve.models.sharding import MESH_AXES, TENSOR
 
@@ -23,7 +23,7 @@ from jaxserve.models.sharding import MESH_AXES, TENSOR
 class Placement:
     """Devices that share each layer, in the mesh's order; `mesh` is None if it is one alone."""
 
-    mesh: Mesh | None = None
+    mesh: Mesh | AbstractMesh | None = None  # an abstract one is enough to count with
 
     @property
     def num_devices(self) -> int:
