@@ -21,6 +21,7 @@ class Chip:
     """One kind of accelerator. Rates are peaks a second, of one device."""
 
     name: str
+    device_kind: str  # as JAX calls it
     platform: str  # "tpu" or "gpu"
     hbm_bytes: int
     hbm_bytes_per_s: float
@@ -46,6 +47,7 @@ NVLINK_HOP_S = 2e-6  # an assumption: nothing was measured
 CHIPS: tuple[Chip, ...] = (
     Chip(
         name="v4",
+        device_kind="TPU v4",
         platform="tpu",
         hbm_bytes=int(15.25 * GIB),
         hbm_bytes_per_s=1228e9 / 2,
@@ -58,6 +60,7 @@ CHIPS: tuple[Chip, ...] = (
     ),
     Chip(
         name="v5e",
+        device_kind="TPU v5 lite",
         platform="tpu",
         hbm_bytes=int(15.75 * GIB),
         hbm_bytes_per_s=819e9,
@@ -69,6 +72,7 @@ CHIPS: tuple[Chip, ...] = (
     ),
     Chip(
         name="v5p",
+        device_kind="TPU v5",
         platform="tpu",
         hbm_bytes=int(95.73 * GIB),
         hbm_bytes_per_s=2765e9,
@@ -80,6 +84,7 @@ CHIPS: tuple[Chip, ...] = (
     ),
     Chip(
         name="v6e",
+        device_kind="TPU v6 lite",
         platform="tpu",
         hbm_bytes=int(31.24 * GIB),
         hbm_bytes_per_s=1640e9,
@@ -91,6 +96,7 @@ CHIPS: tuple[Chip, ...] = (
     ),
     Chip(
         name="tpu7x",
+        device_kind="TPU7x",
         platform="tpu",
         hbm_bytes=int(94.74 * GIB),
         hbm_bytes_per_s=7380e9 / 2,
@@ -103,6 +109,7 @@ CHIPS: tuple[Chip, ...] = (
     ),
     Chip(
         name="h200",
+        device_kind="NVIDIA H200",
         platform="gpu",
         hbm_bytes=139 * GIB,
         hbm_bytes_per_s=4800e9,

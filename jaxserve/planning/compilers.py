@@ -81,7 +81,12 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
     checkpoint = replace(sketch.checkpoint, placement=placement)
     graphdef, params = nnx.split(checkpoint.describe_model())
     make = partial(
-        make_state, checkpoint.local_cfg, blueprint.pool, sketch.kv_dtype, Shards(placement.num_devices)
+        make_state,
+        checkpoint.local_cfg,
+        blueprint.pool,
+        sketch.kv_dtype,
+        Shards(placement.num_devices),
+        checkpoint.kernels.make_kv,
     )
     state = jax.eval_shape(placement.spread(make, in_specs=(), out_specs=STATE_SPECS))
     if placement.mesh is None:

@@ -134,6 +134,7 @@ def _as_machine(where: Slice) -> Machine:
         memory_bytes=chip.hbm_bytes,
         free_bytes=chip.hbm_bytes,
         compute_capability=chip.compute_capability,
+        device_kind=chip.device_kind,
     )
 
 
