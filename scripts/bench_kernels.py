@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import kernel_bench_decode
+import kernel_bench_int4
 import kernel_bench_prefill
 import kernel_bench_rope_write
 import kernel_bench_sampling
@@ -36,8 +37,9 @@ MODULES = {
     "prefill": "paged_attention.{}.paged_prefill",
     "rope write": "kv_write.{}.rope_write",
     "sampling": "sampling.{}.choose_tokens",
+    "int4": "int4_matmul.{}.int4_matmul",
 }
-FILES = {"decode": "gpu_decode", "prefill": "gpu_prefill", "rope write": "gpu", "sampling": "gpu"}
+FILES = {"decode": "gpu_decode", "prefill": "gpu_prefill"}  # others' GPU form is in gpu.py
 MOST_CHECKED_FLOPS = 1e12
 
 
@@ -73,6 +75,7 @@ def list_cases(group: str, only: str) -> Iterator[Case]:
         "decode": (kernel_bench_decode.DECODE_BENCHES, kernel_bench_decode.make_arguments),
         "prefill": (kernel_bench_prefill.PREFILL_BENCHES, kernel_bench_prefill.make_arguments),
         "rope write": (kernel_bench_rope_write.ROPE_WRITE_BENCHES, kernel_bench_rope_write.make_arguments),
+        "int4": (kernel_bench_int4.INT4_BENCHES, kernel_bench_int4.make_arguments),
     }
     for bench in benches[group][0]:
         if only in bench.name:
@@ -90,7 +93,7 @@ def list_cases(group: str, only: str) -> Iterator[Case]:
 
 def find_form(group: str, form: str) -> Callable:
     """A kernel's "gpu" or "xla" form. Raises ImportError where jax is too old for the first."""
-    path = MODULES[group].format(FILES[group] if form == "gpu" else "ref")
+    path = MODULES[group].format(FILES.get(group, "gpu") if form == "gpu" else "ref")
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(f"jaxserve.kernels_pallas.{module}"), name)
 

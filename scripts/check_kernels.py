@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_kernels import MODULES, find_form
+from bench_kernels import find_form
 
 from tests.kernels import cases_decode, cases_prefill, cases_sampling
 from tests.kernels.cases import Heads, store
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--groups", nargs="+", choices=MODULES, default=list(MODULES))
+    parser.add_argument("--groups", nargs="+", choices=CHECKS, default=list(CHECKS))
     parser.add_argument("--form", choices=["gpu", "xla"], default="gpu")
     parser.add_argument("--first", type=int, metavar="N", help="so many cases of each group")
     arguments = parser.parse_args()

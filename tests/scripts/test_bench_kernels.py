@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from scripts import kernel_bench_decode, kernel_bench_prefill, kernel_bench_rope_write, kernel_bench_sampling
+from scripts import (
+    kernel_bench_decode,
+    kernel_bench_int4,
+    kernel_bench_prefill,
+    kernel_bench_rope_write,
+    kernel_bench_sampling,
+)
 from scripts.bench_kernels import Case, find_form, repeat_call, time_kernel
 from tests.kernels.h200 import compile_for_h200, require_h200_compiler
 
@@ -40,6 +46,9 @@ def make_small_case(group: str) -> Case:
     elif group == "prefill":
         small = replace(kernel_bench_prefill.PREFILL_BENCHES[0], run_tokens=70)
         given = kernel_bench_prefill.make_arguments(small, key)
+    elif group == "int4":
+        small = replace(kernel_bench_int4.INT4_BENCHES[0], num_outputs=256)
+        given = kernel_bench_int4.make_arguments(small, key)
     else:
         small = replace(kernel_bench_rope_write.ROPE_WRITE_BENCHES[0], num_tokens=8, num_pages=64)
         given = kernel_bench_rope_write.make_arguments(small, key)
@@ -74,7 +83,7 @@ def test_without_a_gpu_it_says_so():
     assert "There is no GPU here" in done.stderr
 
 
-@pytest.mark.parametrize("group", ["decode", "prefill", "rope write", "sampling"])
+@pytest.mark.parametrize("group", ["decode", "prefill", "rope write", "sampling", "int4"])
 def test_the_timed_loop_holds_the_kernel_and_copies_nothing_large(group):
     require_h200_compiler()
     case = make_small_case(group)
