@@ -39,7 +39,7 @@ def rope_write(form: str, num_heads: int, **tuning: int):
 
         from jaxserve.kernels_pallas.kv_write import tpu
 
-        interpret = pltpu.InterpretParams(detect_races=True)
+        interpret: Any = jax.default_backend() != "tpu" and pltpu.InterpretParams(detect_races=True)
         return jax.jit(partial(tpu.rope_write, num_heads=num_heads, interpret=interpret))
     if jax.__version_info__ < (0, 11):
         pytest.skip("The GPU kernels need jax 0.11.2 or later.")

@@ -50,7 +50,7 @@ def require_tpu_compiler() -> None:
 
 def device_kind(chip: str) -> str:
     """What JAX calls a chip of TOPOLOGIES; skips the calling test where no TPU compiler is installed."""
-    return _describe_slice(chip)[0].device_kind
+    return list_devices(TOPOLOGIES[chip])[0].device_kind
 
 
 def compile_for_tpu(chip: str, fn: Callable, *specs: Any, **jit_kwargs: Any) -> CompileReport:
@@ -59,16 +59,14 @@ def compile_for_tpu(chip: str, fn: Callable, *specs: Any, **jit_kwargs: Any) -> 
     `specs` are pytrees of arrays or of jax.ShapeDtypeStruct without a sharding. Raises what lowering or the
     compiler raises; skips the calling test where the compiler is not installed.
     """
-    device = _describe_slice(chip)[0]
+    device = list_devices(TOPOLOGIES[chip])[0]
     sharding = NamedSharding(Mesh([device], ("x",)), PartitionSpec())
 
     def place(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    # Pallas asks for the chip that it lowers for, and there is none.
-    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
     start_s = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind)):
+    with lowering_for(device):
         traced = jax.jit(fn, **jit_kwargs).trace(*jax.tree.map(place, specs))
         lowered = traced.lower(lowering_platforms=("tpu",))
     compiled = lowered.compile()
@@ -84,9 +82,16 @@ def compile_for_tpu(chip: str, fn: Callable, *specs: Any, **jit_kwargs: Any) -> 
     )
 
 
+def lowering_for(device: Any) -> Any:
+    """A context in which Pallas, which asks for the chip that it lowers for, is told of this one."""
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
+
+
 @cache
-def _describe_slice(chip: str) -> list[Any]:
+def list_devices(topology: str) -> list[Any]:
+    """The devices of a slice, to compile for; skips the calling test where no TPU compiler is installed."""
     require_tpu_compiler()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(TOPOLOGIES[chip], "tpu").devices
+    return topologies.get_topology_desc(topology, "tpu").devices

@@ -16,11 +16,12 @@ from flax import nnx
 from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
 from jaxserve.models import llama
 from jaxserve.runner.batch import packed_size
-from jaxserve.runner.buckets import Shape
+from jaxserve.runner.buckets import Shape, make_ladder
 from jaxserve.runner.device_state import PoolSize, make_state
-from jaxserve.runner.programs import run_step
+from jaxserve.runner.programs import Programs, run_step
 from jaxserve.weights.loader import describe_params
-from tests.kernels.tpu import compile_for_tpu, device_kind
+from jaxserve.weights.placement import make_placement
+from tests.kernels.tpu import compile_for_tpu, device_kind, list_devices, lowering_for
 from tests.runner.test_h200_step import list_copies
 
 CFG = llama.Config(
@@ -72,3 +73,35 @@ def test_a_step_attends_in_our_kernels_and_copies_neither_weights_nor_pool(shape
     assert entry.count('custom_call_target="tpu_custom_call"') == forms * CFG.num_layers
     assert report.code_bytes < 16e6  # 6 MB of which are not the layers'
     assert report.temp_bytes < pool_bytes / 8
+
+
+def test_four_chips_share_the_step_and_each_has_its_rows_of_the_pool():
+    devices = list_devices("v5e:2x2")
+    placement, division = make_placement(devices), llama.divide(CFG, len(devices))
+    target = KernelTarget(
+        platform="tpu",
+        head_dim=CFG.head_dim,
+        num_kv_heads=division.local_cfg.num_kv_heads,
+        page_size=PAGE_SIZE,
+        kv_dtype="bfloat16",
+        num_devices=len(devices),
+        device_kind=devices[0].device_kind,
+    )
+    specs = division.cut_specs(llama.param_specs(CFG))
+    params = describe_params(specs, dtype="bfloat16", quantization="none", placement=placement)
+    model = llama.Model(division.local_cfg, params, choose_kernels(target))
+    ladder = make_ladder(max_rows=64, max_tokens=256, min_rows=64, mixes=True)
+    with lowering_for(devices[0]):
+        programs = Programs(
+            model, division.local_cfg, POOL, jnp.dtype(jnp.bfloat16), ladder, placement=placement
+        )
+        programs.compile_one(Shape(64, 0))
+    programs.compiles.close()
+    program = programs.ready[Shape(64, 0)]
+    pool = jax.tree.leaves(programs.allocate.out_info.kv)
+    own_bytes = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in pool)
+    assert own_bytes == CFG.num_layers * POOL.num_pages * PAGE_SIZE * 512  # two heads of 64 are one row
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= own_bytes
+    assert memory.temp_size_in_bytes < own_bytes / 8
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2 * CFG.num_layers
