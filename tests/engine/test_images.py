@@ -63,12 +63,12 @@ def picture() -> tuple[PlacedImage, ...]:
     return (PlacedImage(CHAT["prompt_ids"].index(tiny_vl.IMAGE_TOKEN_ID), image),)
 
 
-@pytest.mark.parametrize("chunk_tokens", [64, 16])
-def test_greedy_tokens_are_those_of_transformers(tmp_path, chunk_tokens):
+@pytest.mark.parametrize("flags", [{}, {"chunked_prefill_size": 16}, {"tp_size": 2}])
+def test_greedy_tokens_are_those_of_transformers(tmp_path, flags):
     """With chunks of 16 tokens the image's 20 are cut apart."""
 
     async def scenario():
-        async with start_seeing_engine(tmp_path / "model", chunked_prefill_size=chunk_tokens) as engine:
+        async with start_seeing_engine(tmp_path / "model", **flags) as engine:
             for name in ("first", "again"):
                 deltas = await engine.generate(name, CHAT["prompt_ids"], picture(), max_new_tokens=32)
                 assert token_ids(deltas) == CHAT["greedy_ids"]
