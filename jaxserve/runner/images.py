@@ -21,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.models.interface import PatchBatch
+from jaxserve.models.qwen2_5_vl_vision import normalize_patches
 from jaxserve.scheduler.plan import ImageEncode, SlotInit
 from jaxserve.vision.limits import ImageForm
 from jaxserve.vision.rope_positions import RopePositions, find_rope_positions
@@ -165,19 +166,10 @@ def encode_image(
     row_M: jax.Array,
 ) -> jax.Array:
     """The features with those of an image in their rows. Donates `feature_MD`."""
-    patch_UC = normalise_patches(patch_UB, form)
+    patch_UC = normalize_patches(patch_UB, form.mean, form.deviation, form.temporal_patch_size)
     model = nnx.merge(graphdef, params)
     new_MD = model.encode_images(PatchBatch(patch_UC, place_2U, window_U, image_U, order_M))
     return feature_MD.at[row_M].set(new_MD.astype(feature_MD.dtype), mode="drop")
-
-
-def normalise_patches(patch_UB: jax.Array, form: ImageForm) -> jax.Array:
-    """Bytes of patches as transformers' processor gives them: float32, normalised, once for every frame."""
-    colour = (-1, 3, 1, form.patch_size**2)
-    mean = jnp.asarray(form.mean, jnp.float32).reshape(1, 3, 1, 1)
-    deviation = jnp.asarray(form.deviation, jnp.float32).reshape(1, 3, 1, 1)
-    values = (patch_UB.astype(jnp.float32).reshape(colour) / 255 - mean) / deviation
-    return jnp.repeat(values, form.temporal_patch_size, axis=2).reshape(len(patch_UB), -1)
 
 
 class SlotPositions:
