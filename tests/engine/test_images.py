@@ -78,6 +78,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, flags):
     run(scenario())
 
 
+@pytest.mark.slow
 def test_a_crowd_with_images_under_retraction_gets_what_each_would_get_alone(tmp_path):
     """Pages and rows for features are both short; replies are sampled, aborted, guessed at, and of beams."""
     rng = random.Random(3)
