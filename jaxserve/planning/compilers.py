@@ -94,13 +94,17 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
     else:
         state = _place_state(placement, state)
     everywhere = placement.make_sharding(()) if placement.mesh is not None else alone
+    features = []
+    if sketch.images is not None:
+        size = (sketch.images.num_rows, sketch.images.width)
+        features = [jax.ShapeDtypeStruct(size, "float32", sharding=everywhere)]
     reports = []
     for shape in shapes:
-        size = packed_size(shape, blueprint.pool.table_width)
+        size = packed_size(shape, blueprint.pool.table_width, takes_images=bool(features))
         packed = jax.ShapeDtypeStruct((size,), "int32", sharding=everywhere)
         start_s = time.perf_counter()
         try:
-            lowered = lower_step(graphdef, shape, blueprint.pool, placement, params, state, packed)
+            lowered = lower_step(graphdef, shape, blueprint.pool, placement, params, state, packed, *features)
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             reports.append(_failed(shape, time.perf_counter() - start_s, str(error)))
