@@ -38,6 +38,10 @@ from jaxserve.weights.resolve import ModelFiles
 
 BYTES_PER_EDIT = 8  # of a slot and a token of the vocabulary: its count, and its bias
 
+# Where programs loop over layers: code and compile time do not grow with their number. XLA's other backends
+# copy a layer's weights out of the stack before they multiply.
+STACKING_PLATFORMS = ("tpu",)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSketch:
@@ -117,6 +121,7 @@ def sketch_model(
         random_seed=config.random_seed or 0,
         download_dir=config.download_dir,
         placement=placement,
+        stacks_layers=machine.platform in STACKING_PLATFORMS,
     )
     images = _choose_images(config, files, cfg)
     return ModelSketch(
@@ -151,6 +156,7 @@ def fit_sketch(sketch: ModelSketch) -> Blueprint:
         page_size=sizes.page_size,
         num_slots=sizes.max_rows,
         table_width=sizes.table_width,
+        stacks_layers=sketch.checkpoint.stacks_layers,
     )
     # A draft has a row for each of its tokens, whatever the number of slots.
     ladder = make_ladder(

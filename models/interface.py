@@ -16,6 +16,10 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from jaxserve.kernels_pallas.kv_layer import KVLayer as KVLayer  # what a forward pass is given and gives back
+from jaxserve.kernels_pallas.kv_pages import KVPages
+
+# An entry a layer, or one whose arrays have an axis of layers in front.
+KVPool = list[KVLayer] | list[KVPages] | KVLayer | KVPages
 
 
 @dataclass(frozen=True, slots=True)

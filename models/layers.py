@@ -6,13 +6,15 @@ Plain functions of arrays; no module state, no configuration objects.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve.kernels_pallas.dispatch import KernelSet
-from jaxserve.models.interface import KVLayer, StepBatch
+from jaxserve.models.interface import KVLayer, KVPool, StepBatch
 
 
 def rms_norm(x_TD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
@@ -71,6 +73,41 @@ def _turn(angle_TH: jax.Array) -> tuple[jax.Array, jax.Array]:
     tables = jnp.cos(angle_TH)[:, None, :], jnp.sin(angle_TH)[:, None, :]
     # XLA would compute them again for every head of every layer.
     return jax.lax.optimization_barrier(tables)
+
+
+def run_layers(
+    run_layer: Callable[[Any, jax.Array, KVLayer, StepBatch], tuple[jax.Array, KVLayer]],
+    layers: Any,
+    x_TD: jax.Array,
+    kv: KVPool,
+    batch: StepBatch,
+) -> tuple[jax.Array, KVPool]:
+    """`run_layer` of every layer in turn, and the pool with what they wrote.
+
+    `layers` and `kv` are lists with an entry a layer, or both stacks with an axis of layers in front. Over
+    stacks the program loops: on TPUs that keeps compile time and code apart from the number of layers. The
+    pool of the loop is one array, in which layer l owns the pages from l * P on, so nothing is cut out of it.
+    """
+    if isinstance(kv, list):
+        new_kv = []
+        for layer, layer_kv in zip(layers, kv, strict=True):
+            x_TD, layer_kv = run_layer(layer, x_TD, layer_kv, batch)
+            new_kv.append(layer_kv)
+        return x_TD, new_kv
+    num_layers, num_pages, page_size = jax.tree.leaves(kv)[0].shape[:3]
+
+    def run_next(carry: tuple[jax.Array, KVLayer], here: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        layer, index = here
+        first_page = index * num_pages
+        batch_here = batch._replace(
+            table_XW=batch.table_XW + first_page, write_index_T=batch.write_index_T + first_page * page_size
+        )
+        return run_layer(layer, *carry, batch_here), None
+
+    flat_kv = jax.tree.map(lambda pool: pool.reshape(num_layers * num_pages, *pool.shape[2:]), kv)
+    indices_L = jnp.arange(num_layers, dtype=jnp.int32)
+    (x_TD, flat_kv), _ = jax.lax.scan(run_next, (x_TD, flat_kv), (layers, indices_L))
+    return x_TD, jax.tree.map(lambda pool: pool.reshape(num_layers, num_pages, *pool.shape[1:]), flat_kv)
 
 
 def attend(

@@ -15,8 +15,15 @@ from flax import nnx
 
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.hf_config import read_hf_config
-from jaxserve.models.interface import KVLayer, ParamSpec, StepBatch, TensorSource
-from jaxserve.models.layers import RopeScaling, attend, rms_norm, rope_frequencies, rope_tables
+from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, TensorSource
+from jaxserve.models.layers import (
+    RopeScaling,
+    attend,
+    rms_norm,
+    rope_frequencies,
+    rope_tables,
+    run_layers,
+)
 from jaxserve.models.quant import embed, gated_mlp, matmul
 from jaxserve.models.sharding import Division, cut_channels, cut_evenly, cut_heads, repeat_cut
 
@@ -127,11 +134,13 @@ class Model(nnx.Module):
         self.cfg = cfg
         self.kernels = kernels
         self.embed_VD = nnx.Param(params["embed_VD"])
-        self.layers = nnx.List([Layer(params, f"layers.{i}") for i in range(cfg.num_layers)])
+        self.is_stacked = "layers.attn_norm_D" in params  # parameters of all layers in one array
+        prefixes = ["layers"] if self.is_stacked else [f"layers.{i}" for i in range(cfg.num_layers)]
+        self.layers = nnx.List([Layer(params, prefix) for prefix in prefixes])
         self.final_norm_D = nnx.Param(params["final_norm_D"])
         self.head_VD = None if cfg.ties_embeddings else nnx.Param(params["head_VD"])
 
-    def __call__(self, batch: StepBatch, kv: list[KVLayer]) -> tuple[jax.Array, list[KVLayer]]:
+    def __call__(self, batch: StepBatch, kv: KVPool) -> tuple[jax.Array, KVPool]:
         """One step: the hidden states of all its tokens [T, D] float32, and the pool with their K and V.
 
         `compute_logits` turns the rows that are wanted into logits. The residual stream is float32
@@ -144,15 +153,15 @@ class Model(nnx.Module):
         return self.run_layers(x_TD, rope, batch, kv)
 
     def run_layers(
-        self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], batch: StepBatch, kv: list[KVLayer]
-    ) -> tuple[jax.Array, list[KVLayer]]:
+        self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], batch: StepBatch, kv: KVPool
+    ) -> tuple[jax.Array, KVPool]:
         """The blocks, on embedded tokens and with the rotary tables of any family that shares them."""
         cfg, shards = self.cfg, self.kernels.shards
         graphdef, _ = nnx.split(self.layers[0])
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
         @jax.jit
-        def run_layer(params: nnx.State, x_TD: jax.Array, kv: KVLayer) -> tuple[jax.Array, KVLayer]:
+        def run_layer(params: nnx.State, x_TD: jax.Array, kv: KVLayer, batch: StepBatch):
             layer = nnx.merge(graphdef, params)
             h_TD = rms_norm(x_TD, layer.attn_norm_D.get_value(), cfg.norm_eps)
             qkv_TF = matmul(h_TD, layer.w_qkv_FD.get_value())
@@ -165,11 +174,8 @@ class Model(nnx.Module):
             h_TD = gated_mlp(h_TD, layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value())
             return x_TD + shards.add(h_TD), kv
 
-        new_kv = []
-        for layer, layer_kv in zip(self.layers, kv, strict=True):
-            x_TD, layer_kv = run_layer(nnx.state(layer), x_TD, layer_kv)
-            new_kv.append(layer_kv)
-        return x_TD, new_kv
+        states = [nnx.state(layer) for layer in self.layers]
+        return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, kv, batch)
 
     def compute_logits(self, x_BD: jax.Array) -> jax.Array:
         """Float32 logits [B, V] of some of the rows that `__call__` returned: final norm, then the head.

@@ -27,7 +27,7 @@ from jaxserve.kernels_pallas.shards import Shards
 from jaxserve.planning.slices import Slice
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
-from jaxserve.runner.device_state import STATE_SPECS, DeviceState, make_state
+from jaxserve.runner.device_state import DeviceState, make_state, state_specs
 from jaxserve.runner.programs import lower_step
 from jaxserve.weights.placement import Placement, make_placement
 
@@ -48,8 +48,8 @@ class ProgramReport:
     temp_bytes: int
     alias_bytes: int
     state_bytes: int  # of the donated state, as counted from shapes; at least so many must be aliased
-    collectives: dict[str, int]  # in the program's text; those within a loop run once a layer
-    estimate_s: float | None  # the compiler's, where it has one
+    collectives: dict[str, int]  # a step, by name
+    estimate_s: float | None  # the compiler's, where it has one and nothing loops
     problem: str = ""  # why it did not compile; then the figures are 0
 
 
@@ -88,11 +88,12 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
         Shards(placement.num_devices),
         checkpoint.kernels.make_kv,
     )
-    state = jax.eval_shape(placement.spread(make, in_specs=(), out_specs=STATE_SPECS))
+    specs = state_specs(blueprint.pool)
+    state = jax.eval_shape(placement.spread(make, in_specs=(), out_specs=specs))
     if placement.mesh is None:
         params, state = jax.tree.map(partial(_place, alone), (params, state))
     else:
-        state = _place_state(placement, state)
+        state = _place_state(placement, specs, state)
     everywhere = placement.make_sharding(()) if placement.mesh is not None else alone
     features = []
     if sketch.images is not None:
@@ -109,7 +110,9 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
         except jax.errors.JaxRuntimeError as error:
             reports.append(_failed(shape, time.perf_counter() - start_s, str(error)))
             continue
-        reports.append(_read_report(shape, time.perf_counter() - start_s, program, count_bytes(state)))
+        compile_s = time.perf_counter() - start_s
+        num_loops = checkpoint.cfg.num_layers if checkpoint.stacks_layers else 1
+        reports.append(_read_report(shape, compile_s, program, count_bytes(state), num_loops))
     return reports
 
 
@@ -127,24 +130,41 @@ def _describe_devices(where: Slice) -> Any:
     return topologies.get_topology_desc("", "cuda", target_config=config, topology=grid).devices
 
 
-def _place_state(placement: Placement, state: DeviceState) -> DeviceState:
-    """The state with the shardings that STATE_SPECS names; one of them is for all leaves of the pool."""
+def _place_state(placement: Placement, specs: DeviceState, state: DeviceState) -> DeviceState:
+    """The state with the shardings that `specs` names; one of them is for all leaves of the pool."""
 
     def place(spec: Any, tree: Any) -> Any:
         sharding = NamedSharding(cast(Mesh, placement.mesh), spec)
         return jax.tree.map(partial(_place, sharding), tree)
 
-    return DeviceState(*(place(spec, tree) for spec, tree in zip(STATE_SPECS, state, strict=True)))
+    return DeviceState(*(place(spec, tree) for spec, tree in zip(specs, state, strict=True)))
 
 
 def _place(sharding: jax.sharding.Sharding, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _read_report(shape: Shape, compile_s: float, program: Any, state_bytes: int) -> ProgramReport:
+def count_collectives(text: str, num_loops: int) -> dict[str, int]:
+    """Of a step, by name, in an optimised program: what is in a loop's body counts `num_loops` times.
+
+    A body is a computation that `body=` names; the loop over stacked layers is the only one with collectives.
+    """
+    bodies = set(re.findall(r"body=(%[\w.-]+)", text))
+    counts: Counter[str] = Counter()
+    name = ""
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            name = line.removeprefix("ENTRY ").partition(" ")[0]
+        counts.update(dict.fromkeys(COLLECTIVE.findall(line), num_loops if name in bodies else 1))
+    return dict(counts)
+
+
+def _read_report(
+    shape: Shape, compile_s: float, program: Any, state_bytes: int, num_loops: int
+) -> ProgramReport:
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     text = program.as_text()
-    seconds = cost.get("optimal_seconds", -1.0)
+    seconds = -1.0 if " while(" in text else cost.get("optimal_seconds", -1.0)
     return ProgramReport(
         shape=shape,
         compile_s=compile_s,
@@ -153,7 +173,7 @@ def _read_report(shape: Shape, compile_s: float, program: Any, state_bytes: int)
         temp_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         state_bytes=state_bytes,
-        collectives=dict(Counter(COLLECTIVE.findall(text))),
+        collectives=count_collectives(text, num_loops),
         estimate_s=seconds if seconds > 0 else None,
     )
 

@@ -27,7 +27,9 @@ NOTES = (
     "ITL, TTFT and tokens/s are roofline estimates: the least time that bytes, products and sums over "
     "devices can take at the chip's peaks. A server is slower.",
 )
-LOOP_NOTE = "The compiler's estimate is its own; a dash is where it has none, or counts loops wrongly."
+LOOP_NOTE = (
+    "The compiler's time is its estimate; a dash is where loops make it meaningless: it counts them once."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

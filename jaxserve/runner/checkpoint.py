@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,6 +35,7 @@ from jaxserve.weights.loader import (
 )
 from jaxserve.weights.placement import ALONE, Placement
 from jaxserve.weights.resolve import ModelFiles, resolve_model
+from jaxserve.weights.stacks import LayerStacks, describe_stacks
 
 OnProgress = Callable[[str, float, float | None], None]  # stage, done, total
 
@@ -55,6 +57,7 @@ class Checkpoint:
     random_seed: int = 0
     download_dir: str | None = None
     placement: Placement = ALONE
+    stacks_layers: bool = False  # parameters of all layers in one array, with an axis of them in front
     stopping: threading.Event = field(default_factory=threading.Event)
 
     @property
@@ -76,16 +79,24 @@ class Checkpoint:
                 raise UnavailableError("The engine is shutting down; the weights were not read to the end.")
             on_progress(stage, done, total)
 
-        params = load_params(
+        load = partial(
+            load_params,
             self.files,
             self._list_specs(),
             dtype=self.dtype,
             quantization=self.quantization,
             on_progress=tell,
-            put=put or self.placement.put,
             random_seed=self.random_seed,
         )
-        return self.family.Model(self.local_cfg, params, self.kernels)
+        put = put or self.placement.put
+        if not self.stacks_layers:
+            return self.family.Model(self.local_cfg, load(put=put), self.kernels)
+        stacks = LayerStacks(put, self.cfg.num_layers)
+        try:
+            return self.family.Model(self.local_cfg, stacks.collect(load(put=stacks.put)), self.kernels)
+        except BaseException:
+            stacks.delete()
+            raise
 
     def read_tree(self, on_progress: OnProgress) -> Any:
         """The parameters on the device, as the step programs take them; on failure nothing stays there."""
@@ -140,6 +151,8 @@ class Checkpoint:
         params = describe_params(
             self._list_specs(), dtype=self.dtype, quantization=self.quantization, placement=self.placement
         )
+        if self.stacks_layers:
+            params = describe_stacks(params, self.cfg.num_layers)
         return self.family.Model(self.local_cfg, params, self.kernels)
 
     def count_bytes(self) -> int:

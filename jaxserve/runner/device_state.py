@@ -6,6 +6,7 @@ step returns. Knows nothing of requests; a slot is a row number to it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,10 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxserve.kernels_pallas.kv_layer import KVLayer, make_layer
-from jaxserve.kernels_pallas.kv_pages import KVPages
+from jaxserve.kernels_pallas.kv_layer import make_layer
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
-from jaxserve.models.interface import ModelConfig
+from jaxserve.models.interface import KVPool, ModelConfig
 from jaxserve.runner.sampler import COUNT_MASK, IN_PROMPT, IS_STOP
 from jaxserve.types import MAX_WATCHED_IDS, TokenParams
 from jaxserve.weights.placement import ALONE, Placement, make_spec
@@ -29,7 +29,7 @@ LARGEST_BIAS = 1e30  # leaves room for a division by the smallest temperature
 class DeviceState(NamedTuple):
     """X slots, the last of which is trash: padded rows read and write it."""
 
-    kv: list[KVLayer] | list[KVPages]  # page 0 is trash likewise
+    kv: KVPool  # page 0 is trash likewise
     last_token_X: jax.Array  # int32, the token that the slot's next decode row feeds
     table_XW: jax.Array  # int32, block tables
     edits_XV: jax.Array  # int32, see runner/sampler.py
@@ -45,17 +45,20 @@ class PoolSize:
     page_size: int
     num_slots: int  # running sequences; one more is kept as trash
     table_width: int  # pages of the longest sequence
+    stacks_layers: bool = False  # one array for all layers, with an axis of them in front
 
 
-# How devices share the state (jax.shard_map's terms): the pool by KV heads, what is per token id by ids.
-STATE_SPECS = DeviceState(
-    kv=make_spec((None, None, "kv_heads")),  # type: ignore[arg-type]  # of every leaf
-    last_token_X=make_spec(()),  # type: ignore[arg-type]
-    table_XW=make_spec(()),  # type: ignore[arg-type]
-    edits_XV=make_spec((None, "vocab")),  # type: ignore[arg-type]
-    bias_XV=make_spec((None, "vocab")),  # type: ignore[arg-type]
-    watched_XM=make_spec(()),  # type: ignore[arg-type]
-)
+def state_specs(pool: PoolSize) -> DeviceState:
+    """How devices share the state (jax.shard_map's terms): the pool by KV heads, what is per id by ids."""
+    layers = (None,) if pool.stacks_layers else ()
+    return DeviceState(
+        kv=make_spec((*layers, None, None, "kv_heads")),  # type: ignore[arg-type]  # of every leaf
+        last_token_X=make_spec(()),  # type: ignore[arg-type]
+        table_XW=make_spec(()),  # type: ignore[arg-type]
+        edits_XV=make_spec((None, "vocab")),  # type: ignore[arg-type]
+        bias_XV=make_spec((None, "vocab")),  # type: ignore[arg-type]
+        watched_XM=make_spec(()),  # type: ignore[arg-type]
+    )
 
 
 def kv_bytes_per_token(cfg: ModelConfig, kv_dtype: jnp.dtype, make_kv: Callable = make_layer) -> int:
@@ -73,7 +76,7 @@ def compile_allocation(
 ) -> Callable[[], DeviceState]:
     """The program that makes a zeroed DeviceState: at the start, and after a sleep."""
     make = partial(make_state, cfg, pool, kv_dtype, Shards(placement.num_devices), make_kv)
-    return jax.jit(placement.spread(make, in_specs=(), out_specs=STATE_SPECS)).lower().compile()
+    return jax.jit(placement.spread(make, in_specs=(), out_specs=state_specs(pool))).lower().compile()
 
 
 def make_state(
@@ -87,15 +90,29 @@ def make_state(
     several share the state. `cfg` is that of the part."""
     num_slots = pool.num_slots + 1
     num_ids = shards.count_own(cfg.vocab_size)
-    layer = partial(make_kv, pool.num_pages, pool.page_size, cfg.num_kv_heads, cfg.head_dim)
     return DeviceState(
-        kv=[layer(jnp.dtype(kv_dtype).name) for _ in range(cfg.num_layers)],
+        kv=_make_pool(cfg, pool, kv_dtype, make_kv),
         last_token_X=jnp.zeros(num_slots, jnp.int32),
         table_XW=jnp.zeros((num_slots, pool.table_width), jnp.int32),
         edits_XV=jnp.zeros((num_slots, num_ids), jnp.int32),
         bias_XV=jnp.zeros((num_slots, num_ids), jnp.float32),
         watched_XM=jnp.zeros((num_slots, MAX_WATCHED_IDS), jnp.int32),
     )
+
+
+def _make_pool(cfg: ModelConfig, pool: PoolSize, kv_dtype: jnp.dtype, make_kv: Callable) -> KVPool:
+    """Zeroed pages of all layers, in one array or in one each."""
+    make = partial(
+        make_kv,
+        page_size=pool.page_size,
+        num_kv_heads=cfg.num_kv_heads,
+        head_dim=cfg.head_dim,
+        kv_dtype=jnp.dtype(kv_dtype).name,
+    )
+    if not pool.stacks_layers:
+        return [make(pool.num_pages) for _ in range(cfg.num_layers)]
+    shape = (cfg.num_layers, pool.num_pages)
+    return jax.tree.map(lambda leaf: leaf.reshape(*shape, *leaf.shape[1:]), make(math.prod(shape)))
 
 
 def edit_rows(

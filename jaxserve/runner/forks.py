@@ -54,5 +54,8 @@ def write_forks(state: DeviceState, packed: jax.Array) -> DeviceState:
     """The state with tables written and pages copied; a program of its own, which donates `state`."""
     slot_F, source_F, target_F, table_FW = packed[:, 0], packed[:, 1], packed[:, 2], packed[:, 3:]
     # All sources are read at once, so no write can come before a read.
-    kv = jax.tree.map(lambda pool_PSKH: pool_PSKH.at[target_F].set(pool_PSKH[source_F]), state.kv)
+    if isinstance(state.kv, list):
+        kv = jax.tree.map(lambda pool_PSKH: pool_PSKH.at[target_F].set(pool_PSKH[source_F]), state.kv)
+    else:
+        kv = jax.tree.map(lambda pool: pool.at[:, target_F].set(pool[:, source_F]), state.kv)
     return state._replace(kv=kv, table_XW=state.table_XW.at[slot_F].set(table_FW))

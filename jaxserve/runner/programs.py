@@ -28,10 +28,10 @@ from jaxserve.runner.background import Background
 from jaxserve.runner.batch import packed_size, unpack_step
 from jaxserve.runner.buckets import Ladder, Shape
 from jaxserve.runner.device_state import (
-    STATE_SPECS,
     DeviceState,
     PoolSize,
     compile_allocation,
+    state_specs,
     write_slot,
     write_watched,
 )
@@ -127,11 +127,11 @@ def lower_step(
     *features: Any,
 ) -> jax.stages.Lowered:
     """The step of a shape, ready to be compiled: arrays are described by shape, type and sharding only."""
-    param_specs = list_param_specs(placement, params)
+    specs = state_specs(pool)
     step = placement.spread(
         partial(run_step, graphdef, shape, pool.page_size),
-        in_specs=(param_specs, STATE_SPECS, EVERYWHERE, *[EVERYWHERE for _ in features]),
-        out_specs=(STATE_SPECS, EVERYWHERE),
+        in_specs=(list_param_specs(placement, params), specs, EVERYWHERE, *[EVERYWHERE for _ in features]),
+        out_specs=(specs, EVERYWHERE),
     )
     return jax.jit(step, donate_argnums=1).lower(params, state, packed, *features)
 
@@ -228,7 +228,8 @@ class Programs:
         ids = self._abstract_state.edits_XV.shape[1:]
         edits_V, bias_V = self._describe(ids, axis="vocab"), self._describe(ids, jnp.float32, axis="vocab")
         by_id = make_spec(("vocab",))
-        write = self._placement.spread(write_slot, (STATE_SPECS, EVERYWHERE, by_id, by_id), STATE_SPECS)
+        specs = state_specs(self._pool)
+        write = self._placement.spread(write_slot, (specs, EVERYWHERE, by_id, by_id), specs)
         writer = jax.jit(write, donate_argnums=0)
         return writer.lower(self._abstract_state, self._describe(()), edits_V, bias_V).compile()
 
@@ -242,7 +243,8 @@ class Programs:
     def compile_forks(self) -> None:
         """Compile the program that beams wait for: it writes block tables and copies pages."""
         packed = self._describe(forks_shape(self._pool.table_width))
-        write = self._placement.spread(write_forks, (STATE_SPECS, EVERYWHERE), STATE_SPECS)
+        specs = state_specs(self._pool)
+        write = self._placement.spread(write_forks, (specs, EVERYWHERE), specs)
         self.write_forks = jax.jit(write, donate_argnums=0).lower(self._abstract_state, packed).compile()
 
     def compile_rest(self, on_done: Callable[[], None]) -> None:

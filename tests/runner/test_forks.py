@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.kernels_pallas.kv_layer import KVLayer
 from jaxserve.runner.buckets import make_ladder
 from jaxserve.runner.device_state import PoolSize
 from jaxserve.runner.forks import MAX_FORKS, pack_forks, write_forks
@@ -35,6 +38,18 @@ def test_a_fork_writes_the_pool_in_place(runner):
     memory = runner.programs.write_forks.memory_analysis()
     assert memory.alias_size_in_bytes >= runner.kv_bytes
     assert memory.temp_size_in_bytes < runner.kv_bytes / 50
+
+
+def test_a_page_of_stacked_layers_is_copied_in_every_layer():
+    pool_LPSKH = jax.random.normal(jax.random.key(0), (3, 6, 2, 1, 4))
+    kv = KVLayer(pool_LPSKH, -pool_LPSKH)
+    state = SimpleNamespace(kv=kv, table_XW=jnp.zeros((2, 4), jnp.int32), _replace=lambda **fields: fields)
+    (packed,) = pack_forks([], [PageCopy(source=5, target=2)], 1, 4)
+    copied = write_forks(state, jnp.asarray(packed))["kv"]  # type: ignore[arg-type]
+    want = np.array(pool_LPSKH)
+    want[:, 2] = want[:, 5]
+    np.testing.assert_array_equal(copied.k_PSKH, want)
+    np.testing.assert_array_equal(copied.v_PSKH, -want)
 
 
 def test_tables_and_copies_of_several_launches_are_those_of_the_plan(runner):
