@@ -7,6 +7,7 @@ code, collectives. Time is only estimated, and not where loops or kernels are: a
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import re
@@ -20,7 +21,7 @@ from typing import Any, cast
 import jax
 from flax import nnx
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, SingleDeviceSharding
 
 from jaxserve.blueprint import Blueprint
 from jaxserve.kernels_pallas.shards import Shards
@@ -105,7 +106,10 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
         packed = jax.ShapeDtypeStruct((size,), "int32", sharding=everywhere)
         start_s = time.perf_counter()
         try:
-            lowered = lower_step(graphdef, shape, blueprint.pool, placement, params, state, packed, *features)
+            with _lowering_for(devices[0], placement):
+                lowered = lower_step(
+                    graphdef, shape, blueprint.pool, placement, params, state, packed, *features
+                )
             program = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             reports.append(_failed(shape, time.perf_counter() - start_s, str(error)))
@@ -114,6 +118,14 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
         num_loops = checkpoint.cfg.num_layers if checkpoint.stacks_layers else 1
         reports.append(_read_report(shape, compile_s, program, count_bytes(state), num_loops))
     return reports
+
+
+def _lowering_for(device: Any, placement: Placement) -> Any:
+    """A context in which Pallas knows the TPU that it lowers for; where there is a mesh, that says it."""
+    if placement.mesh is not None or device.platform != "tpu":
+        return contextlib.nullcontext()
+    kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=kind))
 
 
 def count_bytes(tree: Any) -> int:
