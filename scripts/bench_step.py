@@ -129,7 +129,7 @@ class StepBench:
 
     def _fill(self, state: DeviceState) -> DeviceState:
         """Random K and V, and for each slot its own pages in random order."""
-        keys = iter(jax.random.split(jax.random.key(3), 8 * len(state.kv)))
+        keys = iter(jax.random.split(jax.random.key(3), len(jax.tree.leaves(state.kv))))
         kv = jax.tree.map(lambda x: make_random(next(keys), shape=x.shape, dtype=x.dtype), state.kv)
         pages = np.random.default_rng(4).permutation(np.arange(1, self._pool.num_pages))
         table_XW = np.zeros(state.table_XW.shape, np.int32)

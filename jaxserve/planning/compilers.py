@@ -13,6 +13,7 @@ import math
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,8 @@ from jaxserve.planning.slices import Slice
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
 from jaxserve.runner.device_state import DeviceState, make_state, state_specs
-from jaxserve.runner.programs import lower_step
+from jaxserve.runner.images import lower_encoder
+from jaxserve.runner.programs import list_param_specs, lower_step
 from jaxserve.weights.placement import Placement, make_placement
 
 H200_CONFIG = Path(__file__).parent / "h200_target_config.textproto"
@@ -42,7 +44,7 @@ COLLECTIVE = re.compile(
 class ProgramReport:
     """One compiled program. Bytes are of one device."""
 
-    shape: Shape
+    shape: Shape | str  # or what else it is for
     compile_s: float
     code_bytes: int
     argument_bytes: int
@@ -101,23 +103,34 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
         size = (sketch.images.num_rows, sketch.images.width)
         features = [jax.ShapeDtypeStruct(size, "float32", sharding=everywhere)]
     reports = []
+    num_loops = checkpoint.cfg.num_layers if checkpoint.stacks_layers else 1
     for shape in shapes:
         size = packed_size(shape, blueprint.pool.table_width, takes_images=bool(features))
         packed = jax.ShapeDtypeStruct((size,), "int32", sharding=everywhere)
-        start_s = time.perf_counter()
-        try:
-            with _lowering_for(devices[0], placement):
-                lowered = lower_step(
-                    graphdef, shape, blueprint.pool, placement, params, state, packed, *features
-                )
-            program = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            reports.append(_failed(shape, time.perf_counter() - start_s, str(error)))
-            continue
-        compile_s = time.perf_counter() - start_s
-        num_loops = checkpoint.cfg.num_layers if checkpoint.stacks_layers else 1
-        reports.append(_read_report(shape, compile_s, program, count_bytes(state), num_loops))
+        lower = partial(
+            lower_step, graphdef, shape, blueprint.pool, placement, params, state, packed, *features
+        )
+        with _lowering_for(devices[0], placement):
+            reports.append(_compile(shape, lower, count_bytes(state), num_loops))
+    if sketch.images is not None:
+        num_patches = sketch.images.buckets[-1]
+        specs = list_param_specs(placement, params)
+        lower = partial(
+            lower_encoder, graphdef, sketch.images, num_patches, placement, params, specs, *features
+        )
+        reports.append(_compile(f"image of {num_patches} patches", lower, count_bytes(features), 1))
     return reports
+
+
+def _compile(
+    shape: Shape | str, lower: Callable[[], jax.stages.Lowered], state_bytes: int, num_loops: int
+) -> ProgramReport:
+    start_s = time.perf_counter()
+    try:
+        program = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return _failed(shape, time.perf_counter() - start_s, str(error))
+    return _read_report(shape, time.perf_counter() - start_s, program, state_bytes, num_loops)
 
 
 def _lowering_for(device: Any, placement: Placement) -> Any:
@@ -172,7 +185,7 @@ def count_collectives(text: str, num_loops: int) -> dict[str, int]:
 
 
 def _read_report(
-    shape: Shape, compile_s: float, program: Any, state_bytes: int, num_loops: int
+    shape: Shape | str, compile_s: float, program: Any, state_bytes: int, num_loops: int
 ) -> ProgramReport:
     memory, cost = program.memory_analysis(), program.cost_analysis() or {}
     text = program.as_text()
@@ -190,7 +203,7 @@ def _read_report(
     )
 
 
-def _failed(shape: Shape, compile_s: float, message: str) -> ProgramReport:
+def _failed(shape: Shape | str, compile_s: float, message: str) -> ProgramReport:
     return ProgramReport(
         shape=shape,
         compile_s=compile_s,

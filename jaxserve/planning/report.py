@@ -179,8 +179,8 @@ def _memory_table(plans: Sequence[SlicePlan], options: PlanOptions) -> Table:
 
 def _program_table(plans: Sequence[SlicePlan]) -> Table:
     table = _table("Programs, compiled here", "slice", "program")
-    for title in ("compile, s", "code, MB", "temporaries, MB", "in place", "collectives", "compiler's, ms"):
-        table.add_column(title, justify="right", no_wrap=True)
+    for title in ("compile, s", "code, MB", "temps, MB", "in place", "collectives", "compiler's, ms"):
+        table.add_column(title, justify="right")
     for plan in plans:
         for one in plan.programs:
             if one.problem:
@@ -193,7 +193,7 @@ def _program_table(plans: Sequence[SlicePlan]) -> Table:
                 f"{one.code_bytes / MB:.1f}",
                 f"{one.temp_bytes / MB:.0f}",
                 "yes" if one.alias_bytes >= one.state_bytes else "no",
-                ", ".join(f"{count} {name}" for name, count in one.collectives.items()) or "none",
+                "\n".join(f"{count} {name}" for name, count in one.collectives.items()) or "none",
                 "-" if one.estimate_s is None else f"{one.estimate_s * 1e3:.2f}",
             )
     return table

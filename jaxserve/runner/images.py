@@ -102,19 +102,16 @@ class ImageEncoder:
     def compile_one(self, num_patches: int) -> None:
         """Compile the program for images of so many patches, or restore it from the persistent cache."""
         start_s = time.perf_counter()
-        everywhere = make_spec(())
-        sharding = self.abstract_features.sharding
-        inputs = [
-            jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-            for array in self._lay_out((1, 2, 2), num_patches, b"", [])
-        ]
-        encode = self._placement.spread(
-            partial(encode_image, self._graphdef, self.sizes.form),
-            in_specs=(self._param_specs, *[everywhere] * (1 + len(inputs))),
-            out_specs=everywhere,
+        lowered = lower_encoder(
+            self._graphdef,
+            self.sizes,
+            num_patches,
+            self._placement,
+            self._abstract_params,
+            self._param_specs,
+            self.abstract_features,
         )
-        encode = jax.jit(encode, donate_argnums=1)
-        program = encode.lower(self._abstract_params, self.abstract_features, *inputs).compile()
+        program = lowered.compile()
         self.ready = {**self.ready, num_patches: program}
         elapsed_s = time.perf_counter() - start_s
         logger.info("compiled the vision tower for %d patches in %.1f s", num_patches, elapsed_s)
@@ -123,7 +120,7 @@ class ImageEncoder:
         """Launch the tower on an image and return at once."""
         num_patches = image.grid[0] * image.grid[1] * image.grid[2]
         bucket = min(bucket for bucket in self.ready if bucket >= num_patches)
-        inputs = self._lay_out(image.grid, bucket, image.patches, image.rows)
+        inputs = lay_out_image(self.sizes, image.grid, bucket, image.patches, image.rows)
         self.feature_MD = self.ready[bucket](params, self.feature_MD, *inputs)
         self._has_run.add(bucket)
 
@@ -133,25 +130,50 @@ class ImageEncoder:
         todo = [bucket for bucket in self.sizes.buckets[:1] if bucket in self.ready.keys() - self._has_run]
         if not todo:
             return False
-        inputs = self._lay_out((1, 2, 2), todo[0], b"", [])
+        inputs = lay_out_image(self.sizes, (1, 2, 2), todo[0], b"", [])
         self.feature_MD = jax.block_until_ready(self.ready[todo[0]](params, self.feature_MD, *inputs))
         self._has_run.add(todo[0])
         return True
 
-    def _lay_out(
-        self, grid: tuple[int, int, int], num_padded: int, patches: bytes, rows: list[int]
-    ) -> tuple[np.ndarray, ...]:
-        """What a program takes beside parameters and features. Rows of padding lie outside the array."""
-        form = self.sizes.form
-        layout = lay_out_patches(
-            [grid], num_padded, merge_size=form.merge_size, window_patches=self.sizes.window_patches
-        )
-        values = np.frombuffer(patches, np.uint8).reshape(-1, form.patch_bytes)
-        if not patches:
-            values = np.zeros((grid[1] * grid[2], form.patch_bytes), np.uint8)
-        row_M = np.full(num_padded // form.merge_size**2, self.sizes.num_rows, np.int32)
-        row_M[: len(rows)] = rows
-        return layout.arrange(values), layout.place, layout.window, layout.image, layout.order, row_M
+
+def lay_out_image(
+    sizes: ImageSizes, grid: tuple[int, int, int], num_padded: int, patches: bytes, rows: list[int]
+) -> tuple[np.ndarray, ...]:
+    """What a program takes beside parameters and features. Rows of padding lie outside the array."""
+    form = sizes.form
+    layout = lay_out_patches(
+        [grid], num_padded, merge_size=form.merge_size, window_patches=sizes.window_patches
+    )
+    values = np.frombuffer(patches, np.uint8).reshape(-1, form.patch_bytes)
+    if not patches:
+        values = np.zeros((grid[1] * grid[2], form.patch_bytes), np.uint8)
+    row_M = np.full(num_padded // form.merge_size**2, sizes.num_rows, np.int32)
+    row_M[: len(rows)] = rows
+    return layout.arrange(values), layout.place, layout.window, layout.image, layout.order, row_M
+
+
+def lower_encoder(
+    graphdef: nnx.GraphDef,
+    sizes: ImageSizes,
+    num_patches: int,
+    placement: Placement,
+    params: Any,
+    param_specs: Any,
+    features: Any,
+) -> jax.stages.Lowered:
+    """The tower for images of up to so many patches, ready to be compiled: arrays are described by shape,
+    type and sharding only. Devices that share the model have it whole, and each encodes every image."""
+    inputs = [
+        jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=features.sharding)
+        for array in lay_out_image(sizes, (1, 2, 2), num_patches, b"", [])
+    ]
+    everywhere = make_spec(())
+    encode = placement.spread(
+        partial(encode_image, graphdef, sizes.form),
+        in_specs=(param_specs, *(everywhere for _ in (features, *inputs))),
+        out_specs=everywhere,
+    )
+    return jax.jit(encode, donate_argnums=1).lower(params, features, *inputs)
 
 
 def encode_image(

@@ -71,4 +71,5 @@ def test_chips_are_told_in_the_units_that_they_claim():
 
 def test_shapes_ship_for_what_people_ask_for():
     hub_ids = ["Qwen/Qwen2.5-72B-Instruct", "meta-llama/Meta-Llama-3-8B", "Qwen/Qwen2.5-0.5B"]
+    hub_ids.append("Qwen/Qwen2.5-VL-7B-Instruct")
     assert {shape_name(hub_id) for hub_id in hub_ids} <= set(list_shapes())
