@@ -46,6 +46,7 @@ from jaxserve.server.schemas import (
     REFUSED_BY_GENERATE,
 )
 from jaxserve.types import EngineInfo, EngineStats, SamplingParams
+from scripts import plan_table
 from scripts.field_notes import FIELD_NOTES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -335,6 +336,7 @@ def _zero(kind: str) -> Any:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "configs": render_configs,
+    "slices": lambda: render_table(plan_table.HEAD, plan_table.list_rows()),
     "settings": render_settings,
     "ignored-flags": render_ignored_flags,
     "routes": render_routes,

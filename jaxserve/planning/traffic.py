@@ -50,8 +50,9 @@ def count_traffic(sketch: ModelSketch, work: StepWork) -> Traffic:
     num_tokens = work.num_rows + work.num_chunk_tokens
     num_sampled = work.num_rows + (1 if work.num_chunk_tokens else 0)
     weight_bytes = matmul_flops = 0
-    is_tied = not any(_is_head(spec) for spec in sketch.specs)
-    for spec in sketch.specs:
+    specs = [spec for spec in sketch.specs if not spec.path.startswith("vision.")]  # steps read text
+    is_tied = not any(_is_head(spec) for spec in specs)
+    for spec in specs:
         is_lookup = spec.kind == "embedding"
         read_share = 1.0 if not is_lookup or is_tied else min(1.0, num_tokens / spec.shape[0])
         weight_bytes += int(read_share * _device_bytes(sketch, spec))
@@ -62,7 +63,7 @@ def count_traffic(sketch: ModelSketch, work: StepWork) -> Traffic:
     attended = work.num_rows * work.context
     attended += work.num_chunk_tokens * (work.context * (work.num_rows == 0) + work.num_chunk_tokens / 2)
     read_tokens = work.num_rows * work.context + (work.context if work.num_chunk_tokens else 0)
-    width = next(spec.shape[1] for spec in sketch.specs if spec.kind == "embedding")
+    width = next(spec.shape[1] for spec in specs if spec.kind == "embedding")
     return Traffic(
         weight_bytes=weight_bytes,
         kv_bytes=(read_tokens + num_tokens) * sketch.kv_bytes_per_token,

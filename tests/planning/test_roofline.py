@@ -47,6 +47,12 @@ def test_a_tied_embedding_is_read_as_the_head():
     assert traffic.weight_bytes == whole.param_bytes
 
 
+def test_a_step_reads_no_vision_encoder():
+    work = StepWork(num_rows=1, context=1)
+    text, images = (count_traffic(sketch(model=f"qwen2.5-{name}7b"), work) for name in ("", "vl-"))
+    assert text == images
+
+
 def test_a_chunk_multiplies_all_its_tokens_and_one_of_them_with_the_head():
     traffic = count_traffic(sketch(), StepWork(num_rows=0, context=500, num_chunk_tokens=100))
     assert traffic.matmul_flops == 2 * (100 * 32 * LAYER_WEIGHTS + HEAD_WEIGHTS)
