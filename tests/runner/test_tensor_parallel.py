@@ -104,7 +104,9 @@ def test_a_step_adds_up_twice_a_layer_and_writes_its_pool_in_place(tmp_path, kv_
         memory = program.memory_analysis()  # of one device
         own_kv_bytes = runner.kv_bytes // 4
         assert memory.alias_size_in_bytes >= own_kv_bytes
-        assert memory.temp_size_in_bytes < own_kv_bytes / 4
+        # Before jax 0.12 XLA copies the pages of one layer where devices are made of a CPU.
+        most_copied_bytes = own_kv_bytes / 4 if jax.__version_info__ >= (0, 12) else own_kv_bytes / 2
+        assert memory.temp_size_in_bytes < most_copied_bytes
     runner.programs.compile_forks()
     runner.close()
 
