@@ -123,7 +123,7 @@ def sketch_model(
         placement=placement,
         stacks_layers=machine.platform in STACKING_PLATFORMS,
     )
-    images = _choose_images(config, files, cfg)
+    images = _choose_images(config, files, checkpoint)
     return ModelSketch(
         config=config,
         machine=share_machine(machine, tp_size),
@@ -177,9 +177,9 @@ def checkpoint_bits(files: ModelFiles, specs: Sequence[ParamSpec]) -> float:
     return 8 * sum(path.stat().st_size for path in files.files) / num_weights
 
 
-def _choose_images(config: ServerConfig, files: ModelFiles, cfg: ModelConfig) -> ImageSizes | None:
+def _choose_images(config: ServerConfig, files: ModelFiles, checkpoint: Checkpoint) -> ImageSizes | None:
     """What the device holds for images; None for a model that reads text only."""
-    vision = getattr(cfg, "vision", None)
+    vision = getattr(checkpoint.cfg, "vision", None)
     if vision is None:
         return None
     form = read_image_form(files.local_dir, files.hf_config["vision_config"])
@@ -198,6 +198,8 @@ def _choose_images(config: ServerConfig, files: ModelFiles, cfg: ModelConfig) ->
         num_rows=-(-num_rows // BLOCK_ROWS) * BLOCK_ROWS,
         window_patches=vision.window_patches,
         image_token_id=files.hf_config["image_token_id"],
+        num_stages=len(vision.stages),
+        patch_cost=checkpoint.count_patch_cost(),
     )
 
 

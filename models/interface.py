@@ -101,13 +101,14 @@ class ImageTokens(NamedTuple):
     feature_MD: jax.Array  # float32
 
 
-class PatchBatch(NamedTuple):
-    """One run of a vision encoder: U patches in the order of their windows, padding behind them.
+class PatchPlaces(NamedTuple):
+    """Where the U patches of one run of a vision encoder are; in the order of windows, padding behind them.
 
-    Laid out by jaxserve/vision/windows.py, which says what the arrays mean.
+    Laid out by jaxserve/vision/windows.py, which says what the arrays mean. Such an encoder has parts that
+    can be run one at a time: `embed(patch_UC)` and each of `stages`, `stage(x_UD, places)`, give the
+    residual stream x_UD, and `merge(x_UD, order_M)` the features.
     """
 
-    patch_UC: jax.Array  # float32, the values of a patch
     place_2U: jax.Array  # int32, row and column in the image
     window_U: jax.Array  # int32, -1 for padding
     image_U: jax.Array  # int32, -1 for padding

@@ -21,7 +21,7 @@ from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models import llama
 from jaxserve.models import qwen2_5_vl_vision as vision
 from jaxserve.models.hf_config import read_hf_config
-from jaxserve.models.interface import ImageTokens, KVPool, ParamSpec, PatchBatch, StepBatch, TensorSource
+from jaxserve.models.interface import ImageTokens, KVPool, ParamSpec, PatchPlaces, StepBatch, TensorSource
 from jaxserve.models.layers import axial_rope_tables, rope_frequencies, rope_tables
 from jaxserve.models.quant import embed
 from jaxserve.models.qwen2 import QWEN2_IGNORES
@@ -135,9 +135,10 @@ class Model(nnx.Module):
         self.language = llama.Model(cfg.language, language, kernels)
         self.vision = vision.Encoder(cfg.vision, params)
 
-    def encode_images(self, batch: PatchBatch) -> jax.Array:
-        """Rows for image tokens [M, D] float32: what `ImageTokens.feature_MD` holds. See vision.Encoder."""
-        return self.vision(batch)
+    def encode_images(self, patch_UC: jax.Array, places: PatchPlaces) -> jax.Array:
+        """Rows for image tokens [M, D] float32: what `ImageTokens.feature_MD` holds. A runner may also run
+        the parts of `vision` one at a time."""
+        return self.vision(patch_UC, places)
 
     def __call__(self, batch: StepBatch, kv: KVPool) -> tuple[jax.Array, KVPool]:
         """One step, as in llama.py: the hidden states of all its tokens [T, D] float32, and the pool."""

@@ -3,7 +3,7 @@
 A transformer over patches: RMS norm, rotary embedding by row and column, multi-head attention, gated MLP, all
 products with biases. Most blocks attend within windows of the image, a few over the whole image. Squares of
 patches are merged into one row in the end. Used by qwen2_5_vl.py; knows nothing of tokens or pixels, nor of
-how patches are laid out (interface.PatchBatch). Its weights are never quantised: they are 8 % of the 7B
+how patches are laid out (interface.PatchPlaces). Its weights are never quantised: they are 8 % of the 7B
 model, and an MLP of 3420 channels leaves int8's rotation runs of four.
 
 Letters of this file, beside those of models/__init__.py:
@@ -30,7 +30,7 @@ from flax import nnx
 from jaxserve.kernels_pallas.kv_write.ref import rotate
 from jaxserve.kernels_pallas.rounding import to_bf16
 from jaxserve.models.hf_config import HARMLESS
-from jaxserve.models.interface import ParamSpec, PatchBatch, TensorSource
+from jaxserve.models.interface import ParamSpec, PatchPlaces, TensorSource
 from jaxserve.models.layers import axial_rope_tables, rms_norm, rope_frequencies
 from jaxserve.models.quant import matmul
 
@@ -62,6 +62,12 @@ class Config:
     @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
+
+    @property
+    def stages(self) -> list[range]:
+        """The numbers of the blocks that run at a time, up to one that attends over the whole image."""
+        ends = sorted({i + 1 for i in self.full_blocks if i < self.depth} | {self.depth})
+        return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
     @property
     def patch_values(self) -> int:
@@ -184,28 +190,33 @@ class Block(nnx.Module):
         self.b_down_D = nnx.Param(params[f"{prefix}.b_down_D"])
 
 
-class Encoder(nnx.Module):
-    """Built from loaded parameters by path (see `param_specs`)."""
+class PatchEmbedding(nnx.Module):
+    """What patches become before the first block."""
 
-    def __init__(self, cfg: Config, params: Mapping[str, Any]):
-        self.cfg = cfg
+    def __init__(self, params: Mapping[str, Any]):
         self.w_patch_DITYX = nnx.Param(params["vision.w_patch_DITYX"])
-        self.blocks = nnx.List([Block(params, f"vision.blocks.{i}") for i in range(cfg.depth)])
-        self.merge_norm_D = nnx.Param(params["vision.merge_norm_D"])
-        self.w_merge_in_FF = nnx.Param(params["vision.w_merge_in_FF"])
-        self.b_merge_in_F = nnx.Param(params["vision.b_merge_in_F"])
-        self.w_merge_out_EF = nnx.Param(params["vision.w_merge_out_EF"])
-        self.b_merge_out_E = nnx.Param(params["vision.b_merge_out_E"])
 
-    def __call__(self, batch: PatchBatch) -> jax.Array:
-        """Rows for the image tokens [M, E] float32, in the order of the tokens; those of padding are noise.
+    def __call__(self, patch_UC: jax.Array) -> jax.Array:
+        """[U, D] float32."""
+        w_patch_DITYX = self.w_patch_DITYX.get_value()
+        return matmul(patch_UC, w_patch_DITYX.reshape(len(w_patch_DITYX), -1))
 
-        U is a multiple of a window's patches. The residual stream is float32 whatever the weights are.
-        """
+
+class Stage(nnx.Module):
+    """Blocks within windows, and one over the whole image behind them. Stages of a model have the same form,
+    but perhaps the last, so that one program runs them all."""
+
+    def __init__(self, cfg: Config, params: Mapping[str, Any], numbers: Sequence[int]):
+        self.cfg = cfg
+        self.is_full = tuple(i in cfg.full_blocks for i in numbers)
+        self.blocks = nnx.List([Block(params, f"vision.blocks.{i}") for i in numbers])
+
+    def __call__(self, x_UD: jax.Array, places: PatchPlaces) -> jax.Array:
+        """The residual stream behind its blocks; float32 whatever the weights are."""
         cfg = self.cfg
         frequencies = rope_frequencies(cfg.head_dim // 2, ROPE_THETA, None)
         axes = (0,) * len(frequencies) + (1,) * len(frequencies)
-        rope = axial_rope_tables(batch.place_2U, 2 * frequencies, axes)
+        rope = axial_rope_tables(places.place_2U, 2 * frequencies, axes)
         graphdef, _ = nnx.split(self.blocks[0])
 
         # A jit of its own, so that it is traced and lowered once for all blocks of a kind.
@@ -219,9 +230,9 @@ class Encoder(nnx.Module):
             qkv = (q_UNH * cfg.head_dim**-0.5, k_UNH, qkv_U3NH[:, 2])
             qkv = [_as_operand(x_UNH.swapaxes(0, 1), block) for x_UNH in qkv]
             if is_full:
-                o_NUH = attend_over_images(*qkv, batch.image_U)
+                o_NUH = attend_over_images(*qkv, places.image_U)
             else:
-                o_NUH = attend_within_windows(*qkv, batch.window_U, cfg.window_patches**2)
+                o_NUH = attend_within_windows(*qkv, places.window_U, cfg.window_patches**2)
             o_UD = matmul(o_NUH.swapaxes(0, 1).reshape(x_UD.shape), block.w_o_DF.get_value())
             x_UD = x_UD + o_UD + block.b_o_D.get_value()
             h_UD = rms_norm(x_UD, block.mlp_norm_D.get_value(), NORM_EPS)
@@ -230,14 +241,45 @@ class Encoder(nnx.Module):
             h_UD = matmul(jax.nn.silu(gate_UF) * up_UF, block.w_down_DF.get_value())
             return x_UD + h_UD + block.b_down_D.get_value()
 
-        x_UD = matmul(batch.patch_UC, self.w_patch_DITYX.get_value().reshape(cfg.width, -1))
-        for i, block in enumerate(self.blocks):
-            x_UD = run_block(nnx.state(block), x_UD, is_full=i in cfg.full_blocks)
+        for block, is_full in zip(self.blocks, self.is_full, strict=True):
+            x_UD = run_block(nnx.state(block), x_UD, is_full=is_full)
+        return x_UD
+
+
+class Merger(nnx.Module):
+    """What squares of patches become behind the last block."""
+
+    def __init__(self, params: Mapping[str, Any]):
+        self.merge_norm_D = nnx.Param(params["vision.merge_norm_D"])
+        self.w_merge_in_FF = nnx.Param(params["vision.w_merge_in_FF"])
+        self.b_merge_in_F = nnx.Param(params["vision.b_merge_in_F"])
+        self.w_merge_out_EF = nnx.Param(params["vision.w_merge_out_EF"])
+        self.b_merge_out_E = nnx.Param(params["vision.b_merge_out_E"])
+
+    def __call__(self, x_UD: jax.Array, order_M: jax.Array) -> jax.Array:
+        """Rows for the image tokens [M, E] float32, in their order; those of padding are noise."""
         h_UD = rms_norm(x_UD, self.merge_norm_D.get_value(), NORM_EPS)
-        h_MF = matmul(h_UD.reshape(len(batch.order_M), -1), self.w_merge_in_FF.get_value())
+        h_MF = matmul(h_UD.reshape(len(order_M), -1), self.w_merge_in_FF.get_value())
         h_MF = jax.nn.gelu(h_MF + self.b_merge_in_F.get_value(), approximate=False)
         y_ME = matmul(h_MF, self.w_merge_out_EF.get_value()) + self.b_merge_out_E.get_value()
-        return y_ME[batch.order_M]
+        return y_ME[order_M]
+
+
+class Encoder(nnx.Module):
+    """Built from loaded parameters by path (see `param_specs`). Its parts can run one at a time, so that
+    steps run between them."""
+
+    def __init__(self, cfg: Config, params: Mapping[str, Any]):
+        self.embed = PatchEmbedding(params)
+        self.stages = nnx.List([Stage(cfg, params, numbers) for numbers in cfg.stages])
+        self.merge = Merger(params)
+
+    def __call__(self, patch_UC: jax.Array, places: PatchPlaces) -> jax.Array:
+        """[M, E] float32, see Merger. U is a multiple of a window's patches."""
+        x_UD = self.embed(patch_UC)
+        for stage in self.stages:
+            x_UD = stage(x_UD, places)
+        return self.merge(x_UD, places.order_M)
 
 
 def attend_within_windows(

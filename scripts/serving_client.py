@@ -46,7 +46,7 @@ class Target:
             "stream_options": {"include_usage": True},
         }
         if self.route == "chat":
-            body["messages"] = [{"role": "user", "content": request.prompt}]
+            body["messages"] = [{"role": "user", "content": make_content(request)}]
         else:
             body["prompt"] = request.prompt
         if self.model is not None:
@@ -54,6 +54,14 @@ class Target:
         if self.ignores_eos:
             body["ignore_eos"] = True  # no part of OpenAI's own API
         return body | self.extra_body
+
+
+def make_content(request: Request) -> str | list[dict[str, Any]]:
+    """Of a chat message: text, or parts if there are images."""
+    if not request.image_urls:
+        return request.prompt
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in request.image_urls]
+    return [*images, {"type": "text", "text": request.prompt}]
 
 
 @dataclass(slots=True, kw_only=True)

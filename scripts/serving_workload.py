@@ -32,6 +32,7 @@ class Request:
     prompt: str
     num_output_tokens: int
     due_s: float = 0.0
+    image_urls: tuple[str, ...] = ()  # in front of the prompt; of a chat only
 
 
 def make_text(rng: random.Random, num_tokens: int) -> str:

@@ -30,8 +30,8 @@ from jaxserve.planning.slices import Slice
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
 from jaxserve.runner.device_state import DeviceState, make_state, state_specs
-from jaxserve.runner.images import lower_encoder
-from jaxserve.runner.programs import list_param_specs, lower_step
+from jaxserve.runner.images import ImageSizes, lower_encoder
+from jaxserve.runner.programs import lower_step
 from jaxserve.weights.placement import Placement, make_placement
 
 H200_CONFIG = Path(__file__).parent / "h200_target_config.textproto"
@@ -113,13 +113,24 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
         with _lowering_for(devices[0], placement):
             reports.append(_compile(shape, lower, count_bytes(state), num_loops))
     if sketch.images is not None:
-        num_patches = sketch.images.buckets[-1]
-        specs = list_param_specs(placement, params)
-        lower = partial(
-            lower_encoder, graphdef, sketch.images, num_patches, placement, params, specs, *features
-        )
-        reports.append(_compile(f"image of {num_patches} patches", lower, count_bytes(features), 1))
+        vision = cast(Any, nnx.merge(graphdef, params)).vision
+        reports += _compile_encoder(vision, sketch.images, placement, features[0])
     return reports
+
+
+def _compile_encoder(
+    vision: Any, sizes: ImageSizes, placement: Placement, features: Any
+) -> list[ProgramReport]:
+    """The vision encoder's programs for the largest image."""
+    num_patches = sizes.buckets[-1]
+    lowered = lower_encoder(vision, sizes, num_patches, placement, features)
+    programs = [("patches in", lowered.embed, 0)]
+    programs += [(f"a stage of {len(lowered.stages)}", stage, 0) for stage in lowered.distinct_stages]
+    programs.append(("features out", lowered.merge, count_bytes(features)))
+    return [
+        _compile(f"image of {num_patches} patches, {name}", lambda program=program: program, state_bytes, 1)
+        for name, program, state_bytes in programs
+    ]
 
 
 def _compile(

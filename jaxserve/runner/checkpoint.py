@@ -163,6 +163,15 @@ class Checkpoint:
         """Those of them that each device holds."""
         return count_device_bytes(self._list_specs(), dtype=self.dtype, quantization=self.quantization)
 
+    def count_patch_cost(self) -> float:
+        """What the vision encoder takes for a patch, in tokens of a prompt: what the bytes of their matrices
+        say, since products of wider types take longer too."""
+        specs = [spec for spec in self._list_specs() if spec.kind in ("matrix", "exact")]
+        of_vision = [spec for spec in specs if spec.path.startswith("vision.")]
+        of_language = [spec for spec in specs if not spec.path.startswith("vision.")]
+        count = partial(count_device_bytes, dtype=self.dtype, quantization=self.quantization)
+        return count(of_vision) / count(of_language)
+
 
 def log_progress(stage: str, done: float, total: float | None) -> None:
     """For reading while the server is up: the end of it is worth a line."""

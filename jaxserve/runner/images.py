@@ -1,8 +1,9 @@
-"""Images on the device: the vision tower's programs, the array of its features, and positions by slot.
+"""Images on the device: the vision encoder's programs, the array of its features, and positions by slot.
 
 Held by programs.py and runner.py for families that take images; other models have none of it, and the same
-programs as without. The tower runs between steps, an image at a time, as a program for its number of patches,
-padded up to a bucket; what it gives lies in the rows that the scheduler chose until they are given to another
+programs as without. The encoder runs between steps, an image at a time, as programs for its number of
+patches, padded up to a bucket: one in front, one for each stage, some of which may wait for the next step,
+and one behind them. What that gives lies in the rows that the scheduler chose until they are given to another
 image. Knows grids, rows and patches: nothing of image files or requests.
 """
 
@@ -10,17 +11,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxserve.models.interface import PatchBatch
+from jaxserve.models.interface import PatchPlaces
 from jaxserve.models.qwen2_5_vl_vision import normalize_patches
 from jaxserve.scheduler.plan import ImageEncode, SlotInit
 from jaxserve.vision.limits import ImageForm
@@ -41,6 +42,8 @@ class ImageSizes:
     num_rows: int  # of features, one an image token
     window_patches: int
     image_token_id: int
+    num_stages: int  # of the encoder
+    patch_cost: float  # what it takes to encode one, in tokens of a prompt
 
     @property
     def num_bytes(self) -> int:
@@ -58,22 +61,36 @@ class ImageSizes:
         return tuple(PATCH_BUCKETS[: len(below) + 1])
 
 
-class ImageEncoder:
-    """The tower's programs of one model, by number of patches, and the features that they write."""
+class EncoderPrograms(NamedTuple):
+    """The vision encoder's for images of up to some number of patches."""
 
-    def __init__(
-        self,
-        graphdef: nnx.GraphDef,
-        abstract_params: Any,
-        sizes: ImageSizes,
-        placement: Placement = ALONE,
-        param_specs: Any = None,
-    ):
+    embed: Callable
+    stages: tuple[Callable, ...]  # one a stage; those of the same form are the same program
+    merge: Callable
+
+
+@dataclass(slots=True)
+class HalfEncoded:
+    """An image between two steps."""
+
+    num_padded: int
+    x_UD: jax.Array
+    inputs: ImageInputs
+
+
+class ImageEncoder:
+    """The vision encoder's programs of one model, by number of patches, and the features that they write.
+
+    `model` may hold its parameters or only their shapes and types.
+    """
+
+    def __init__(self, model: Any, sizes: ImageSizes, placement: Placement = ALONE):
         self.sizes = sizes
-        self._placement, self._param_specs = placement, param_specs
-        self._graphdef, self._abstract_params = graphdef, abstract_params
-        self.ready: dict[int, Callable] = {}  # replaced, never changed
+        self._placement = placement
+        self._vision = model.vision
+        self.ready: dict[int, EncoderPrograms] = {}  # replaced, never changed
         self._has_run: set[int] = set()
+        self._begun: HalfEncoded | None = None
         sharding = placement.make_sharding(())  # whole on every device
         self.abstract_features = jax.ShapeDtypeStruct(
             (sizes.num_rows, sizes.width), jnp.float32, sharding=sharding
@@ -89,10 +106,16 @@ class ImageEncoder:
         """Of an image that can be encoded now: 0 until the first program is ready."""
         return min(max(self.ready, default=0), self.sizes.max_patches)
 
+    def count_stages(self, num_chunk_tokens: int) -> tuple[tuple[int, int], ...]:
+        """For each number of patches how many stages take about as long as so many tokens of a prompt."""
+        most_patches = num_chunk_tokens / self.sizes.patch_cost * self.sizes.num_stages
+        return tuple((bucket, int(most_patches / bucket)) for bucket in sorted(self.ready))
+
     def allocate(self) -> None:
         """An empty array of features: at the start, and after a sleep."""
         features = self.abstract_features
         self.feature_MD = jnp.zeros(features.shape, features.dtype, device=features.sharding)
+        self._begun = None
 
     def list_programs(self) -> dict[str, Callable[[], None]]:
         """What is still to be compiled, smallest first."""
@@ -100,46 +123,65 @@ class ImageEncoder:
         return {f"an image of {bucket} patches": partial(self.compile_one, bucket) for bucket in todo}
 
     def compile_one(self, num_patches: int) -> None:
-        """Compile the program for images of so many patches, or restore it from the persistent cache."""
+        """Compile the programs for images of so many patches, or restore them from the persistent cache."""
         start_s = time.perf_counter()
         lowered = lower_encoder(
-            self._graphdef,
-            self.sizes,
-            num_patches,
-            self._placement,
-            self._abstract_params,
-            self._param_specs,
-            self.abstract_features,
+            self._vision, self.sizes, num_patches, self._placement, self.abstract_features
         )
-        program = lowered.compile()
-        self.ready = {**self.ready, num_patches: program}
+        stages = {stage: stage.compile() for stage in lowered.distinct_stages}
+        programs = EncoderPrograms(
+            embed=lowered.embed.compile(),
+            stages=tuple(stages[stage] for stage in lowered.stages),
+            merge=lowered.merge.compile(),
+        )
+        self.ready = {**self.ready, num_patches: programs}
         elapsed_s = time.perf_counter() - start_s
-        logger.info("compiled the vision tower for %d patches in %.1f s", num_patches, elapsed_s)
+        logger.info("compiled the vision encoder for %d patches in %.1f s", num_patches, elapsed_s)
 
     def encode(self, params: Any, image: ImageEncode) -> None:
-        """Launch the tower on an image and return at once."""
-        num_patches = image.grid[0] * image.grid[1] * image.grid[2]
-        bucket = min(bucket for bucket in self.ready if bucket >= num_patches)
-        inputs = lay_out_image(self.sizes, image.grid, bucket, image.patches, image.rows)
-        self.feature_MD = self.ready[bucket](params, self.feature_MD, *inputs)
-        self._has_run.add(bucket)
+        """Launch the encoder, or some stages of it, on an image and return at once."""
+        if image.first_stage == 0:
+            frames, height, width = image.grid
+            num_padded = min(bucket for bucket in self.ready if bucket >= frames * height * width)
+            inputs = lay_out_image(self.sizes, image.grid, num_padded, image.patches, image.rows)
+            x_UD = self.ready[num_padded].embed(params["vision"]["embed"], inputs.patch_UB)
+            self._begun = HalfEncoded(num_padded, x_UD, inputs)
+        begun = self._begun
+        assert begun is not None, f"image {image.content_id} goes on and was not begun"
+        programs = self.ready[begun.num_padded]
+        for number in range(image.first_stage, image.end_stage):
+            stage_params = params["vision"]["stages"][number]
+            begun.x_UD = programs.stages[number](stage_params, begun.x_UD, begun.inputs.places)
+        if image.is_last:
+            order_M, row_M = begun.inputs.places.order_M, begun.inputs.row_M
+            merge_params = params["vision"]["merge"]
+            self.feature_MD = programs.merge(merge_params, self.feature_MD, begun.x_UD, order_M, row_M)
+            self._has_run.add(begun.num_padded)
+            self._begun = None
 
     def rehearse(self, params: Any) -> bool:
         """Run the smallest program on nothing if it never ran; returns whether it did. A large one would hold
         up the request that comes in the meantime for longer than its own first run takes."""
         todo = [bucket for bucket in self.sizes.buckets[:1] if bucket in self.ready.keys() - self._has_run]
-        if not todo:
+        if not todo or self._begun is not None:
             return False
-        inputs = lay_out_image(self.sizes, (1, 2, 2), todo[0], b"", [])
-        self.feature_MD = jax.block_until_ready(self.ready[todo[0]](params, self.feature_MD, *inputs))
-        self._has_run.add(todo[0])
+        self.encode(params, ImageEncode("", (1, 2, 2), b"", [], end_stage=self.sizes.num_stages))
+        jax.block_until_ready(self.feature_MD)
         return True
+
+
+class ImageInputs(NamedTuple):
+    """What the programs take beside parameters and features, on the host."""
+
+    patch_UB: np.ndarray  # uint8
+    places: PatchPlaces
+    row_M: np.ndarray  # int32, of the features; rows of padding lie outside the array
 
 
 def lay_out_image(
     sizes: ImageSizes, grid: tuple[int, int, int], num_padded: int, patches: bytes, rows: list[int]
-) -> tuple[np.ndarray, ...]:
-    """What a program takes beside parameters and features. Rows of padding lie outside the array."""
+) -> ImageInputs:
+    """Of one image; of one that shows nothing if there are no patches."""
     form = sizes.form
     layout = lay_out_patches(
         [grid], num_padded, merge_size=form.merge_size, window_patches=sizes.window_patches
@@ -149,49 +191,87 @@ def lay_out_image(
         values = np.zeros((grid[1] * grid[2], form.patch_bytes), np.uint8)
     row_M = np.full(num_padded // form.merge_size**2, sizes.num_rows, np.int32)
     row_M[: len(rows)] = rows
-    return layout.arrange(values), layout.place, layout.window, layout.image, layout.order, row_M
+    places = PatchPlaces(layout.place, layout.window, layout.image, layout.order)  # type: ignore[arg-type]
+    return ImageInputs(layout.arrange(values), places, row_M)
+
+
+class LoweredEncoder(NamedTuple):
+    """EncoderPrograms that are yet to be compiled."""
+
+    embed: jax.stages.Lowered
+    stages: tuple[jax.stages.Lowered, ...]
+    merge: jax.stages.Lowered
+
+    @property
+    def distinct_stages(self) -> list[jax.stages.Lowered]:
+        return list(dict.fromkeys(self.stages))
 
 
 def lower_encoder(
-    graphdef: nnx.GraphDef,
-    sizes: ImageSizes,
-    num_patches: int,
-    placement: Placement,
-    params: Any,
-    param_specs: Any,
-    features: Any,
-) -> jax.stages.Lowered:
-    """The tower for images of up to so many patches, ready to be compiled: arrays are described by shape,
-    type and sharding only. Devices that share the model have it whole, and each encodes every image."""
-    inputs = [
-        jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=features.sharding)
-        for array in lay_out_image(sizes, (1, 2, 2), num_patches, b"", [])
-    ]
+    vision: Any, sizes: ImageSizes, num_patches: int, placement: Placement, features: Any
+) -> LoweredEncoder:
+    """The programs for images of up to so many patches; arrays are described by shape, type and sharding.
+
+    `vision` is the model's encoder, see PatchPlaces. Devices that share the model have it whole, and each
+    encodes every image. The residual stream and the features are donated.
+    """
     everywhere = make_spec(())
-    encode = placement.spread(
-        partial(encode_image, graphdef, sizes.form),
-        in_specs=(param_specs, *(everywhere for _ in (features, *inputs))),
-        out_specs=everywhere,
+
+    def describe(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=features.sharding)
+
+    def lower(program: Callable, *arguments: Any, donated: Sequence[int] = ()) -> jax.stages.Lowered:
+        specs = tuple(everywhere for _ in arguments)
+        spread = placement.spread(program, in_specs=specs, out_specs=everywhere)
+        return jax.jit(spread, donate_argnums=donated).lower(*arguments)
+
+    host = lay_out_image(sizes, (1, 2, 2), num_patches, b"", [])
+    inputs = jax.tree.map(lambda array: describe(array.shape, array.dtype), host)
+    graphdef, params = split_part(vision.embed)
+    embed = lower(partial(embed_patches, graphdef, sizes.form), params, inputs.patch_UB)
+    x_UD = describe(embed.out_info.shape, embed.out_info.dtype)
+    stages: dict[nnx.GraphDef, jax.stages.Lowered] = {}
+    order = []
+    for stage in vision.stages:
+        graphdef, params = split_part(stage)
+        if graphdef not in stages:
+            stages[graphdef] = lower(partial(run_stage, graphdef), params, x_UD, inputs.places, donated=[1])
+        order.append(stages[graphdef])
+    graphdef, params = split_part(vision.merge)
+    write = partial(merge_patches, graphdef)
+    merge = lower(write, params, features, x_UD, inputs.places.order_M, inputs.row_M, donated=[1])
+    return LoweredEncoder(embed, tuple(order), merge)
+
+
+def split_part(part: nnx.Module) -> tuple[nnx.GraphDef, Any]:
+    """Its structure, which is equal for parts of the same form, and its parameters, described."""
+    graphdef, params = nnx.split(part)
+    return graphdef, jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
-    return jax.jit(encode, donate_argnums=1).lower(params, features, *inputs)
 
 
-def encode_image(
+def embed_patches(graphdef: nnx.GraphDef, form: ImageForm, params: Any, patch_UB: jax.Array) -> jax.Array:
+    """The residual stream in front of the first stage."""
+    patch_UC = normalize_patches(patch_UB, form.mean, form.deviation, form.temporal_patch_size)
+    return nnx.merge(graphdef, params)(patch_UC)
+
+
+def run_stage(graphdef: nnx.GraphDef, params: Any, x_UD: jax.Array, places: PatchPlaces) -> jax.Array:
+    """The residual stream behind a stage. Donates that in front of it."""
+    return nnx.merge(graphdef, params)(x_UD, places)
+
+
+def merge_patches(
     graphdef: nnx.GraphDef,
-    form: ImageForm,
     params: Any,
     feature_MD: jax.Array,
-    patch_UB: jax.Array,
-    place_2U: jax.Array,
-    window_U: jax.Array,
-    image_U: jax.Array,
+    x_UD: jax.Array,
     order_M: jax.Array,
     row_M: jax.Array,
 ) -> jax.Array:
     """The features with those of an image in their rows. Donates `feature_MD`."""
-    patch_UC = normalize_patches(patch_UB, form.mean, form.deviation, form.temporal_patch_size)
-    model = nnx.merge(graphdef, params)
-    new_MD = model.encode_images(PatchBatch(patch_UC, place_2U, window_U, image_U, order_M))
+    new_MD = nnx.merge(graphdef, params)(x_UD, order_M)
     return feature_MD.at[row_M].set(new_MD.astype(feature_MD.dtype), mode="drop")
 
 

@@ -159,13 +159,7 @@ class Programs:
         self._placement = placement
         self.encoder: ImageEncoder | None = None  # of a model that reads more than text
         if images is not None:
-            self.encoder = ImageEncoder(
-                self._graphdef,
-                self._abstract_params,
-                images,
-                placement,
-                list_param_specs(placement, self._abstract_params),
-            )
+            self.encoder = ImageEncoder(nnx.merge(self._graphdef, self._abstract_params), images, placement)
         self.allocate = compile_allocation(cfg, pool, kv_dtype, placement, model.kernels.make_kv)
         self._abstract_state = jax.tree.map(_abstract, self.allocate.out_info)
         self._pool = pool
@@ -248,7 +242,7 @@ class Programs:
         self.write_forks = jax.jit(write, donate_argnums=0).lower(self._abstract_state, packed).compile()
 
     def compile_rest(self, on_done: Callable[[], None]) -> None:
-        """Compile what is not ready, on a thread: forks, the vision tower, and shapes in ladder order; then
+        """Compile what is not ready, on a thread: forks, the vision encoder, and shapes in ladder order; then
         call on_done."""
         todo = {"forks": self.compile_forks} if self.write_forks is None else {}
         todo |= self.encoder.list_programs() if self.encoder is not None else {}

@@ -120,17 +120,21 @@ class ModelRunner:
             {shape.num_tokens for shape in ready if shape.num_tokens and not shape.num_rows}
         )
         row_buckets = sorted(shape.num_rows for shape in ready if not shape.num_tokens)
+        max_mixed_tokens = min(token_buckets[-1], self.programs.ladder.max_mixed_tokens)
+        encoder = self._encoder
         return StepLimits(
             page_size=self._pool.page_size,
             max_rows=min(row_buckets[-1], self._pool.num_slots),
             max_chunks=min(shape.num_chunks for shape in ready if shape.num_tokens),
             max_chunk_tokens=token_buckets[-1],
             token_buckets=tuple(token_buckets),
-            max_mixed_tokens=min(token_buckets[-1], self.programs.ladder.max_mixed_tokens),
+            max_mixed_tokens=max_mixed_tokens,
             is_final=is_final,
             can_fork=self.programs.write_forks is not None,
             row_buckets=tuple(row_buckets),
-            max_image_patches=0 if self._encoder is None else self._encoder.max_patches,
+            max_image_patches=0 if encoder is None else encoder.max_patches,
+            num_image_stages=1 if encoder is None else encoder.sizes.num_stages,
+            stages_a_step=() if encoder is None else encoder.count_stages(max_mixed_tokens),
         )
 
     def step(self, plan: StepPlan) -> PendingStep:

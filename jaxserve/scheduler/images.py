@@ -3,14 +3,16 @@
 Called by admit.py while it gathers offers, in their order. At most one image is encoded in a step. Where
 sequences are decoding, such a step has no prefill beside it, so that they wait for one of the two and not for
 both; it is taken when the first in order can get no further without it, and at the latest in the step after
-one in which anybody could not. So neither text nor images starve. Where nothing decodes, the image's tokens
-may follow in the same plan: it is encoded before the step's programs run. Knows nothing of pixels or devices.
+one in which anybody could not. So neither text nor images starve. And of a large image such a step has only
+the encoder's stages that take no longer than a chunk of a prompt; the next steps have the others, whether
+or not its request is still there. Where nothing decodes, the image's tokens may follow in the same plan: it
+is encoded before the step's programs run. Knows nothing of pixels or devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.images import PlacedImage
@@ -26,7 +28,7 @@ class ImagePass:
     it is an image's turn."""
 
     cache: FeatureCache
-    max_patches: int
+    limits: StepLimits
     has_rows: bool
     is_due: bool = False
     encode: ImageEncode | None = None
@@ -53,7 +55,7 @@ class ImagePass:
     def _plan_encode(self, placed: PlacedImage, is_needed_now: bool) -> bool:
         """Whether an image is encoded in this step."""
         image = placed.image
-        if self.encode is not None or image.num_patches > self.max_patches:
+        if self.encode is not None or image.num_patches > self.limits.max_image_patches:
             return False
         if self.has_rows and (self.num_offers or not is_needed_now):
             self.cache.is_due |= is_needed_now
@@ -61,8 +63,23 @@ class ImagePass:
         if not self.cache.allot(image.content_id, image.num_tokens):
             return False
         rows = self.cache.rows(image.content_id, 0, image.num_tokens)
-        self.encode = ImageEncode(image.content_id, image.grid, image.patches, rows)
+        self._run_stages(ImageEncode(image.content_id, image.grid, image.patches, rows), image.num_patches)
         return True
+
+    def go_on(self, begun: ImageEncode) -> None:
+        """Plan the next stages of an image."""
+        frames, height, width = begun.grid
+        rest = replace(begun, patches=b"", first_stage=begun.end_stage)
+        self._run_stages(rest, frames * height * width)
+
+    def _run_stages(self, encode: ImageEncode, num_patches: int) -> None:
+        """Plan stages from `encode.first_stage` on: all that are left, or a chunk's worth if others wait."""
+        num_stages = self.limits.num_image_stages
+        end = num_stages
+        if self.has_rows:
+            end = min(end, encode.first_stage + self.limits.count_image_stages(num_patches))
+        self.encode = replace(encode, end_stage=end, is_last=end == num_stages)
+        self.cache.begun = None if self.encode.is_last else self.encode
 
 
 def begin_images(cache: FeatureCache | None, limits: StepLimits, *, has_rows: bool) -> ImagePass | None:
@@ -71,7 +88,10 @@ def begin_images(cache: FeatureCache | None, limits: StepLimits, *, has_rows: bo
         return None
     is_due, cache.is_due = cache.is_due and has_rows, False
     cache.begin_plan()
-    return ImagePass(cache, limits.max_image_patches, has_rows, is_due)
+    images = ImagePass(cache, limits, has_rows, is_due)
+    if cache.begun is not None:
+        images.go_on(cache.begun)
+    return images
 
 
 def check_images(cache: FeatureCache | None, images: Sequence[PlacedImage]) -> None:

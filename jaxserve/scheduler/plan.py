@@ -84,12 +84,17 @@ class PageCopy:
 
 @dataclass(frozen=True, slots=True)
 class ImageEncode:
-    """An image that the vision tower reads before the step's rows run; its features go to `rows`."""
+    """An image that the vision encoder reads before the step's rows run, or some of the encoder's stages of
+    it; its features go to `rows` after the last one. A plan with the next stages follows soon; in between
+    there is no other image."""
 
     content_id: str
     grid: tuple[int, int, int]  # patches in time, down and across
-    patches: bytes  # uint8
+    patches: bytes  # uint8; empty behind stage 0
     rows: list[int]  # one a token
+    first_stage: int = 0
+    end_stage: int = 1  # the first one that does not run in this step
+    is_last: bool = True  # whether that is the end of the encoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +136,15 @@ class StepLimits:
     row_costs: tuple[float, ...] = ()
     wait_cost: float = 0.0
     max_image_patches: int = 0  # of an image that the vision programs can encode
+    # Stages of the vision encoder, and by its programs' patches, ascending, how many of them take about as
+    # long as max_mixed_tokens of a prompt.
+    num_image_stages: int = 1
+    stages_a_step: tuple[tuple[int, int], ...] = ()
+
+    def count_image_stages(self, num_patches: int) -> int:
+        """Of an image in a step that others wait for; one at least."""
+        found = next((most for patches, most in self.stages_a_step if patches >= num_patches), 1)
+        return min(max(found, 1), self.num_image_stages)
 
     def can_run(self, num_rows: int) -> bool:
         """Whether the programs allow a request of so many rows: the beams of a search, or one."""

@@ -22,7 +22,7 @@ Why it ends. `_secure_oldest` gives the oldest running sequence its next page be
 from the others if need be; if it is a beam search, `_plan_decode_rows` gives it all the pages of its next
 step, taking from those who got theirs before it too. It is never a victim itself; so as long as it has
 anything left to plan it gets at least one token further in every step (a search in every step that finds
-none of its rows in flight, a prompt in every second where the other encodes its image), and it fits by `add`.
+none of its rows in flight, a prompt whenever the stages of its next image have run), and it fits by `add`.
 Only the admission of a still older one takes this place from it, which happens at most once for each older
 request. When it has ended, the same holds for the next oldest; when nothing runs the head of the queue is
 admitted. So every request ends, and there is never a lack of pages to raise an error for.
@@ -130,7 +130,7 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
     )
     if not plan.is_empty:
         state.num_steps += 1
-        state.num_encoded_images += plan.encode is not None
+        state.num_encoded_images += plan.encode is not None and plan.encode.is_last
     return plan
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxserve.vision.rope_positions import Grid
 
-PATCH_BUCKETS = (256, 1024, 4096, 16384, 65536)
+PATCH_BUCKETS = tuple(1 << exponent for exponent in range(8, 17))  # 256 to 65,536
 NO_PATCH = -1
 
 
@@ -43,11 +43,6 @@ class PatchLayout:
         is_real = self.source != NO_PATCH
         arranged[is_real] = patches[self.source[is_real]]
         return arranged
-
-
-def choose_patch_bucket(num_patches: int) -> int:
-    """The smallest number of patches that a program is compiled for and that holds these; 0 if none does."""
-    return next((bucket for bucket in PATCH_BUCKETS if num_patches <= bucket), 0)
 
 
 def lay_out_patches(

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from jaxserve.images import ImagePatches, PlacedImage
+from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.state import check_integrity
 from jaxserve.vision.limits import ImageForm
 from jaxserve.vision.patches import make_patches
@@ -109,9 +110,13 @@ def test_a_crowd_with_images_under_retraction_gets_what_each_would_get_alone(tmp
             await engine.wait_until_warm()
             alone = await ask_all(engine, together=False)
         crowded = {"max_total_tokens": 480, "image_cache_tokens": 128, "speculative_algorithm": "ngram"}
+        crowded["chunked_prefill_size"] = 16  # so that images are encoded a stage at a time
+        plans: list[StepPlan] = []
         async with start_seeing_engine(tmp_path / "model", **crowded) as engine:
             await engine.wait_until_warm()
             num_compiles = engine.runner.compiles.num_compiles
+            run_step = engine.runner.step
+            engine.runner.step = lambda plan: (plans.append(plan), run_step(plan))[1]
             task = asyncio.create_task(engine.generate("left", *prompts[0], max_new_tokens=100))
             crowd = await ask_all(engine, together=True)
             task.cancel()
@@ -120,6 +125,7 @@ def test_a_crowd_with_images_under_retraction_gets_what_each_would_get_alone(tmp
             await engine.wait_until_idle()
             assert [outcome(deltas) for deltas in crowd] == [outcome(deltas) for deltas in alone]
             assert engine.runner.compiles.num_compiles == num_compiles
+            assert any(plan.encode is not None and plan.encode.first_stage > 0 for plan in plans)
             check_integrity(engine.loop.scheduler_state)
 
     run(scenario())

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from jaxserve.models.interface import ImageTokens, KVLayer, PatchBatch, StepBatch
+from jaxserve.models.interface import ImageTokens, KVLayer, PatchPlaces, StepBatch
 from jaxserve.models.quant import embed
 from jaxserve.models.qwen2_5_vl import merge_features
 from jaxserve.models.qwen2_5_vl_vision import normalize_patches
@@ -65,14 +65,17 @@ class LoadedModel:
             return module.compute_logits(x_TD), kv
 
         self.step = jax.jit(step)
-        self.encode_images = jax.jit(lambda params, batch: nnx.merge(graphdef, params).encode_images(batch))
+        self.encode_images = jax.jit(
+            lambda params, *inputs: nnx.merge(graphdef, params).encode_images(*inputs)
+        )
 
     def encode(self, grids: list[Grid], pixels: np.ndarray, num_padded: int = 256) -> np.ndarray:
         """Features of all image tokens, from patches in the processor's order, padded to `num_padded`."""
         sizes = {"merge_size": MERGE_SIZE, "window_patches": self.cfg.vision.window_patches}
         layout = lay_out_patches(grids, num_padded, **sizes)
-        arrays = (layout.arrange(pixels), layout.place, layout.window, layout.image, layout.order)
-        features = self.encode_images(self.params, PatchBatch(*map(jnp.asarray, arrays)))
+        arrays = (layout.place, layout.window, layout.image, layout.order)
+        places = PatchPlaces(*map(jnp.asarray, arrays))
+        features = self.encode_images(self.params, jnp.asarray(layout.arrange(pixels)), places)
         return np.asarray(features)[: len(pixels) // MERGE_SIZE**2]
 
 

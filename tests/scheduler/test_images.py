@@ -16,6 +16,7 @@ from jaxserve.scheduler.state import check_integrity, has_work, new_state
 from jaxserve.types import TokenParams
 from tests.scheduler.steps import LIMITS, PAGE, STOP, run_step, run_to_end, submit
 
+NUM_STAGES = 4  # of the encoder
 PAD = 500  # the one token id that stands for any part of any image
 IMAGE_LIMITS = replace(LIMITS, max_image_patches=1000)
 
@@ -45,6 +46,11 @@ def ask(state, rid, *parts, **params):
 
 def new_image_state(num_pages=60, num_feature_rows=4 * BLOCK_ROWS, **settings):
     return new_state(num_pages, PAGE, 8, features=FeatureCache(num_feature_rows), **settings)
+
+
+def stages_of(plan):
+    encode = plan.encode
+    return encode and (encode.content_id, encode.first_stage, encode.end_stage, encode.is_last)
 
 
 A, B = make_image(1, 6), make_image(2, 6)
@@ -82,6 +88,49 @@ def test_decoding_sequences_wait_for_an_image_or_for_a_chunk_and_not_for_both():
         assert len(plan.decode) >= 1
         kinds.append(("image" if plan.encode else "") + ("text" if plan.chunks else ""))
     assert kinds == ["text", "image", "text", "image", "text"]
+
+
+STAGED_LIMITS = replace(IMAGE_LIMITS, num_image_stages=NUM_STAGES, stages_a_step=((8, 5), (20, 3), (200, 1)))
+
+
+def test_a_large_image_is_encoded_in_stages_between_which_others_decode():
+    state = new_image_state()
+    submit(state, "text", range(10, 18), max_new_tokens=20)
+    run_step(state, STAGED_LIMITS)
+    ask(state, "a", 1, A, 2, make_image(3, 4), make_image(4, 1))  # 24, 16 and 4 patches
+    stages = []
+    while state.num_encoded_images < 3:
+        plan, _ = run_step(state, STAGED_LIMITS)
+        assert len(plan.decode) >= 1
+        if (encode := plan.encode) is not None:
+            assert not plan.chunks
+            assert (encode.patches == b"") == (encode.first_stage > 0)
+            stages.append(stages_of(plan))
+    second, third = "3" * 32, "4" * 32
+    assert stages == [
+        *((A.content_id, stage, stage + 1, stage == 3) for stage in range(4)),
+        (second, 0, 3, False),
+        (second, 3, 4, True),
+        (third, 0, 4, True),
+    ]
+
+
+def test_an_image_whose_request_left_is_encoded_to_the_end_and_one_that_waits_alone_at_once():
+    state = new_image_state()
+    submit(state, "text", range(10, 18), max_new_tokens=3)
+    run_step(state, STAGED_LIMITS)
+    ask(state, "left", A, 2)
+    plan, _ = run_step(state, STAGED_LIMITS)
+    assert stages_of(plan) == (A.content_id, 0, 1, False)
+    abort(state, "left")
+    ask(state, "stays", B, 2)
+    plan, _ = run_step(state, STAGED_LIMITS)  # the last one of "text"
+    assert stages_of(plan) == (A.content_id, 1, 2, False)
+    plan, _ = run_step(state, STAGED_LIMITS)
+    assert stages_of(plan) == (A.content_id, 2, NUM_STAGES, True)
+    plan, _ = run_step(state, STAGED_LIMITS)
+    assert stages_of(plan) == (B.content_id, 0, NUM_STAGES, True)
+    assert len(plan.chunks[0].feature_rows) == 7
 
 
 def test_a_stream_of_text_does_not_keep_an_image_waiting():
@@ -187,11 +236,16 @@ class FeatureArray:
 
     def __init__(self):
         self.rows: dict[int, tuple[str, int]] = {}
+        self.begun: tuple[str, int] | None = None  # an image and the stages it went through
 
     def launch(self, plan, prompts):
-        if plan.encode is not None:
-            for place, row in enumerate(plan.encode.rows):
-                self.rows[row] = (plan.encode.content_id, place)
+        if (encode := plan.encode) is not None:
+            assert (self.begun or (encode.content_id, 0)) == (encode.content_id, encode.first_stage)
+            assert encode.first_stage < encode.end_stage <= NUM_STAGES
+            assert encode.is_last == (encode.end_stage == NUM_STAGES)
+            self.begun = None if encode.is_last else (encode.content_id, encode.end_stage)
+            for place, row in enumerate(encode.rows if encode.is_last else ()):
+                self.rows[row] = (encode.content_id, place)
             assert not (plan.decode and plan.chunks)
         for chunk in plan.chunks:
             _, images = prompts[chunk.seq_id]
@@ -227,7 +281,7 @@ def test_random_workloads_read_the_features_of_their_own_images(seed):
             abort(state, source.choice(list(state.by_rid)))
         if source.random() < 0.02:
             retract_all(state)
-        plan = schedule(state, IMAGE_LIMITS)
+        plan = schedule(state, STAGED_LIMITS)
         check_integrity(state)
         if not plan.is_empty:
             device.launch(plan, prompts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxserve.vision.windows import NO_PATCH, choose_patch_bucket, lay_out_patches
+from jaxserve.vision.windows import NO_PATCH, lay_out_patches
 
 
 def test_the_picture_of_the_docstring():
@@ -47,4 +47,3 @@ def test_patches_are_put_in_order_and_padding_is_zeros():
 def test_images_that_do_not_fit_are_told():
     with pytest.raises(ValueError, match="24 patches do not fit in 16"):
         lay_out_patches([(1, 4, 6)], 16, merge_size=2, window_patches=8)
-    assert [choose_patch_bucket(n) for n in (1, 256, 257, 65536, 65537)] == [256, 256, 1024, 65536, 0]
