@@ -105,7 +105,7 @@ class PatchPlaces(NamedTuple):
     """Where the U patches of one run of a vision encoder are; in the order of windows, padding behind them.
 
     Laid out by jaxserve/vision/windows.py, which says what the arrays mean. Such an encoder has parts that
-    can be run one at a time: `embed(patch_UC)` and each of `stages`, `stage(x_UD, places)`, give the
+    can be run one at a time: `embed(patch_UC)` and each of `blocks`, `block(x_UD, places)`, give the
     residual stream x_UD, and `merge(x_UD, order_M)` the features.
     """
 

@@ -64,12 +64,6 @@ class Config:
         return self.width // self.num_heads
 
     @property
-    def stages(self) -> list[range]:
-        """The numbers of the blocks that run at a time, up to one that attends over the whole image."""
-        ends = sorted({i + 1 for i in self.full_blocks if i < self.depth} | {self.depth})
-        return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
-
-    @property
     def patch_values(self) -> int:
         return self.num_colours * self.patch_frames * self.patch_size**2
 
@@ -174,22 +168,6 @@ def normalize_patches(
     return jnp.repeat(x_UIP[:, :, None], patch_frames, axis=2).reshape(len(patch_UB), -1)
 
 
-class Block(nnx.Module):
-    """One block's parameters, which are found by the names that `param_specs` gives them."""
-
-    def __init__(self, params: Mapping[str, Any], prefix: str):
-        self.attn_norm_D = nnx.Param(params[f"{prefix}.attn_norm_D"])
-        self.w_qkv_FD = nnx.Param(params[f"{prefix}.w_qkv_FD"])
-        self.b_qkv_F = nnx.Param(params[f"{prefix}.b_qkv_F"])
-        self.w_o_DF = nnx.Param(params[f"{prefix}.w_o_DF"])
-        self.b_o_D = nnx.Param(params[f"{prefix}.b_o_D"])
-        self.mlp_norm_D = nnx.Param(params[f"{prefix}.mlp_norm_D"])
-        self.w_gate_up_FD = nnx.Param(params[f"{prefix}.w_gate_up_FD"])
-        self.b_gate_up_F = nnx.Param(params[f"{prefix}.b_gate_up_F"])
-        self.w_down_DF = nnx.Param(params[f"{prefix}.w_down_DF"])
-        self.b_down_D = nnx.Param(params[f"{prefix}.b_down_D"])
-
-
 class PatchEmbedding(nnx.Module):
     """What patches become before the first block."""
 
@@ -202,48 +180,52 @@ class PatchEmbedding(nnx.Module):
         return matmul(patch_UC, w_patch_DITYX.reshape(len(w_patch_DITYX), -1))
 
 
-class Stage(nnx.Module):
-    """Blocks within windows, and one over the whole image behind them. Stages of a model have the same form,
-    but perhaps the last, so that one program runs them all."""
+class Block(nnx.Module):
+    """Attention within windows or, if `is_full`, over the whole image; and an MLP. All blocks of a kind have
+    one form, so that one program runs them."""
 
-    def __init__(self, cfg: Config, params: Mapping[str, Any], numbers: Sequence[int]):
+    def __init__(self, cfg: Config, params: Mapping[str, Any], number: int):
+        prefix = f"vision.blocks.{number}"
         self.cfg = cfg
-        self.is_full = tuple(i in cfg.full_blocks for i in numbers)
-        self.blocks = nnx.List([Block(params, f"vision.blocks.{i}") for i in numbers])
+        self.is_full = number in cfg.full_blocks
+        self.attn_norm_D = nnx.Param(params[f"{prefix}.attn_norm_D"])
+        self.w_qkv_FD = nnx.Param(params[f"{prefix}.w_qkv_FD"])
+        self.b_qkv_F = nnx.Param(params[f"{prefix}.b_qkv_F"])
+        self.w_o_DF = nnx.Param(params[f"{prefix}.w_o_DF"])
+        self.b_o_D = nnx.Param(params[f"{prefix}.b_o_D"])
+        self.mlp_norm_D = nnx.Param(params[f"{prefix}.mlp_norm_D"])
+        self.w_gate_up_FD = nnx.Param(params[f"{prefix}.w_gate_up_FD"])
+        self.b_gate_up_F = nnx.Param(params[f"{prefix}.b_gate_up_F"])
+        self.w_down_DF = nnx.Param(params[f"{prefix}.w_down_DF"])
+        self.b_down_D = nnx.Param(params[f"{prefix}.b_down_D"])
 
     def __call__(self, x_UD: jax.Array, places: PatchPlaces) -> jax.Array:
-        """The residual stream behind its blocks; float32 whatever the weights are."""
+        """The residual stream behind it; float32 whatever the weights are."""
         cfg = self.cfg
         frequencies = rope_frequencies(cfg.head_dim // 2, ROPE_THETA, None)
         axes = (0,) * len(frequencies) + (1,) * len(frequencies)
         rope = axial_rope_tables(places.place_2U, 2 * frequencies, axes)
-        graphdef, _ = nnx.split(self.blocks[0])
+        h_UD = rms_norm(x_UD, self.attn_norm_D.get_value(), NORM_EPS)
+        qkv_UF = matmul(h_UD, self.w_qkv_FD.get_value()) + self.b_qkv_F.get_value()
+        qkv_U3NH = qkv_UF.reshape(len(qkv_UF), 3, cfg.num_heads, cfg.head_dim)
+        q_UNH, k_UNH = (rotate(qkv_U3NH[:, i], *rope) for i in range(2))
+        qkv = (q_UNH * cfg.head_dim**-0.5, k_UNH, qkv_U3NH[:, 2])
+        qkv = [self._as_operand(x_UNH.swapaxes(0, 1)) for x_UNH in qkv]
+        if self.is_full:
+            o_NUH = attend_over_images(*qkv, places.image_U)
+        else:
+            o_NUH = attend_within_windows(*qkv, places.window_U, cfg.window_patches**2)
+        o_UD = matmul(o_NUH.swapaxes(0, 1).reshape(x_UD.shape), self.w_o_DF.get_value())
+        x_UD = x_UD + o_UD + self.b_o_D.get_value()
+        h_UD = rms_norm(x_UD, self.mlp_norm_D.get_value(), NORM_EPS)
+        h_UF = matmul(h_UD, self.w_gate_up_FD.get_value()) + self.b_gate_up_F.get_value()
+        gate_UF, up_UF = jnp.split(h_UF, 2, axis=1)
+        h_UD = matmul(jax.nn.silu(gate_UF) * up_UF, self.w_down_DF.get_value())
+        return x_UD + h_UD + self.b_down_D.get_value()
 
-        # A jit of its own, so that it is traced and lowered once for all blocks of a kind.
-        @partial(jax.jit, static_argnames="is_full")
-        def run_block(params: nnx.State, x_UD: jax.Array, is_full: bool) -> jax.Array:
-            block = nnx.merge(graphdef, params)
-            h_UD = rms_norm(x_UD, block.attn_norm_D.get_value(), NORM_EPS)
-            qkv_UF = matmul(h_UD, block.w_qkv_FD.get_value()) + block.b_qkv_F.get_value()
-            qkv_U3NH = qkv_UF.reshape(len(qkv_UF), 3, cfg.num_heads, cfg.head_dim)
-            q_UNH, k_UNH = (rotate(qkv_U3NH[:, i], *rope) for i in range(2))
-            qkv = (q_UNH * cfg.head_dim**-0.5, k_UNH, qkv_U3NH[:, 2])
-            qkv = [_as_operand(x_UNH.swapaxes(0, 1), block) for x_UNH in qkv]
-            if is_full:
-                o_NUH = attend_over_images(*qkv, places.image_U)
-            else:
-                o_NUH = attend_within_windows(*qkv, places.window_U, cfg.window_patches**2)
-            o_UD = matmul(o_NUH.swapaxes(0, 1).reshape(x_UD.shape), block.w_o_DF.get_value())
-            x_UD = x_UD + o_UD + block.b_o_D.get_value()
-            h_UD = rms_norm(x_UD, block.mlp_norm_D.get_value(), NORM_EPS)
-            h_UF = matmul(h_UD, block.w_gate_up_FD.get_value()) + block.b_gate_up_F.get_value()
-            gate_UF, up_UF = jnp.split(h_UF, 2, axis=1)
-            h_UD = matmul(jax.nn.silu(gate_UF) * up_UF, block.w_down_DF.get_value())
-            return x_UD + h_UD + block.b_down_D.get_value()
-
-        for block, is_full in zip(self.blocks, self.is_full, strict=True):
-            x_UD = run_block(nnx.state(block), x_UD, is_full=is_full)
-        return x_UD
+    def _as_operand(self, x: jax.Array) -> jax.Array:
+        """Queries, keys and values are rounded to bf16 where the weights are."""
+        return to_bf16(x) if self.w_qkv_FD.get_value().dtype == jnp.bfloat16 else x
 
 
 class Merger(nnx.Module):
@@ -271,14 +253,14 @@ class Encoder(nnx.Module):
 
     def __init__(self, cfg: Config, params: Mapping[str, Any]):
         self.embed = PatchEmbedding(params)
-        self.stages = nnx.List([Stage(cfg, params, numbers) for numbers in cfg.stages])
+        self.blocks = nnx.List([Block(cfg, params, number) for number in range(cfg.depth)])
         self.merge = Merger(params)
 
     def __call__(self, patch_UC: jax.Array, places: PatchPlaces) -> jax.Array:
         """[M, E] float32, see Merger. U is a multiple of a window's patches."""
         x_UD = self.embed(patch_UC)
-        for stage in self.stages:
-            x_UD = stage(x_UD, places)
+        for block in self.blocks:
+            x_UD = block(x_UD, places)
         return self.merge(x_UD, places.order_M)
 
 
@@ -342,8 +324,3 @@ def _attend(q_NQH: jax.Array, k_NUH: jax.Array, v_NUH: jax.Array, sees_QU: jax.A
     sum_NQ1 = jnp.sum(p_NQU, axis=-1, keepdims=True)
     p_NQU = to_bf16(p_NQU) if v_NUH.dtype == jnp.bfloat16 else p_NQU
     return einsum("nqu,nuh->nqh", p_NQU, v_NUH) / sum_NQ1
-
-
-def _as_operand(x: jax.Array, block: Block) -> jax.Array:
-    """Queries, keys and values are rounded to bf16 where the weights are."""
-    return to_bf16(x) if block.w_qkv_FD.get_value().dtype == jnp.bfloat16 else x

@@ -125,7 +125,7 @@ def _compile_encoder(
     num_patches = sizes.buckets[-1]
     lowered = lower_encoder(vision, sizes, num_patches, placement, features)
     programs = [("patches in", lowered.embed, 0)]
-    programs += [(f"a stage of {len(lowered.stages)}", stage, 0) for stage in lowered.distinct_stages]
+    programs += [(f"a block of {len(lowered.blocks)}", block, 0) for block in lowered.distinct_blocks]
     programs.append(("features out", lowered.merge, count_bytes(features)))
     return [
         _compile(f"image of {num_patches} patches, {name}", lambda program=program: program, state_bytes, 1)

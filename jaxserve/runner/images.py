@@ -2,7 +2,7 @@
 
 Held by programs.py and runner.py for families that take images; other models have none of it, and the same
 programs as without. The encoder runs between steps, an image at a time, as programs for its number of
-patches, padded up to a bucket: one in front, one for each stage, some of which may wait for the next step,
+patches, padded up to a bucket: one in front, one for each block, most of which may wait for the next step,
 and one behind them. What that gives lies in the rows that the scheduler chose until they are given to another
 image. Knows grids, rows and patches: nothing of image files or requests.
 """
@@ -42,7 +42,7 @@ class ImageSizes:
     num_rows: int  # of features, one an image token
     window_patches: int
     image_token_id: int
-    num_stages: int  # of the encoder
+    num_stages: int  # of the encoder: its blocks
     patch_cost: float  # what it takes to encode one, in tokens of a prompt
 
     @property
@@ -65,7 +65,7 @@ class EncoderPrograms(NamedTuple):
     """The vision encoder's for images of up to some number of patches."""
 
     embed: Callable
-    stages: tuple[Callable, ...]  # one a stage; those of the same form are the same program
+    blocks: tuple[Callable, ...]  # one a block; those of the same form are the same program
     merge: Callable
 
 
@@ -75,7 +75,8 @@ class HalfEncoded:
 
     num_padded: int
     x_UD: jax.Array
-    inputs: ImageInputs
+    places: PatchPlaces
+    row_M: np.ndarray
 
 
 class ImageEncoder:
@@ -128,10 +129,10 @@ class ImageEncoder:
         lowered = lower_encoder(
             self._vision, self.sizes, num_patches, self._placement, self.abstract_features
         )
-        stages = {stage: stage.compile() for stage in lowered.distinct_stages}
+        blocks = {block: block.compile() for block in lowered.distinct_blocks}
         programs = EncoderPrograms(
             embed=lowered.embed.compile(),
-            stages=tuple(stages[stage] for stage in lowered.stages),
+            blocks=tuple(blocks[block] for block in lowered.blocks),
             merge=lowered.merge.compile(),
         )
         self.ready = {**self.ready, num_patches: programs}
@@ -139,23 +140,24 @@ class ImageEncoder:
         logger.info("compiled the vision encoder for %d patches in %.1f s", num_patches, elapsed_s)
 
     def encode(self, params: Any, image: ImageEncode) -> None:
-        """Launch the encoder, or some stages of it, on an image and return at once."""
+        """Launch the encoder, or some blocks of it, on an image and return at once."""
         if image.first_stage == 0:
             frames, height, width = image.grid
             num_padded = min(bucket for bucket in self.ready if bucket >= frames * height * width)
             inputs = lay_out_image(self.sizes, image.grid, num_padded, image.patches, image.rows)
             x_UD = self.ready[num_padded].embed(params["vision"]["embed"], inputs.patch_UB)
-            self._begun = HalfEncoded(num_padded, x_UD, inputs)
+            places = jax.device_put(inputs.places, self.abstract_features.sharding)
+            self._begun = HalfEncoded(num_padded, x_UD, places, inputs.row_M)
         begun = self._begun
         assert begun is not None, f"image {image.content_id} goes on and was not begun"
         programs = self.ready[begun.num_padded]
         for number in range(image.first_stage, image.end_stage):
-            stage_params = params["vision"]["stages"][number]
-            begun.x_UD = programs.stages[number](stage_params, begun.x_UD, begun.inputs.places)
+            block_params = params["vision"]["blocks"][number]
+            begun.x_UD = programs.blocks[number](block_params, begun.x_UD, begun.places)
         if image.is_last:
-            order_M, row_M = begun.inputs.places.order_M, begun.inputs.row_M
-            merge_params = params["vision"]["merge"]
-            self.feature_MD = programs.merge(merge_params, self.feature_MD, begun.x_UD, order_M, row_M)
+            self.feature_MD = programs.merge(
+                params["vision"]["merge"], self.feature_MD, begun.x_UD, begun.places.order_M, begun.row_M
+            )
             self._has_run.add(begun.num_padded)
             self._begun = None
 
@@ -199,12 +201,12 @@ class LoweredEncoder(NamedTuple):
     """EncoderPrograms that are yet to be compiled."""
 
     embed: jax.stages.Lowered
-    stages: tuple[jax.stages.Lowered, ...]
+    blocks: tuple[jax.stages.Lowered, ...]
     merge: jax.stages.Lowered
 
     @property
-    def distinct_stages(self) -> list[jax.stages.Lowered]:
-        return list(dict.fromkeys(self.stages))
+    def distinct_blocks(self) -> list[jax.stages.Lowered]:
+        return list(dict.fromkeys(self.blocks))
 
 
 def lower_encoder(
@@ -230,17 +232,17 @@ def lower_encoder(
     graphdef, params = split_part(vision.embed)
     embed = lower(partial(embed_patches, graphdef, sizes.form), params, inputs.patch_UB)
     x_UD = describe(embed.out_info.shape, embed.out_info.dtype)
-    stages: dict[nnx.GraphDef, jax.stages.Lowered] = {}
-    order = []
-    for stage in vision.stages:
-        graphdef, params = split_part(stage)
-        if graphdef not in stages:
-            stages[graphdef] = lower(partial(run_stage, graphdef), params, x_UD, inputs.places, donated=[1])
-        order.append(stages[graphdef])
+    kinds: dict[nnx.GraphDef, jax.stages.Lowered] = {}
+    blocks = []
+    for block in vision.blocks:
+        graphdef, params = split_part(block)
+        if graphdef not in kinds:
+            kinds[graphdef] = lower(partial(run_block, graphdef), params, x_UD, inputs.places, donated=[1])
+        blocks.append(kinds[graphdef])
     graphdef, params = split_part(vision.merge)
     write = partial(merge_patches, graphdef)
     merge = lower(write, params, features, x_UD, inputs.places.order_M, inputs.row_M, donated=[1])
-    return LoweredEncoder(embed, tuple(order), merge)
+    return LoweredEncoder(embed, tuple(blocks), merge)
 
 
 def split_part(part: nnx.Module) -> tuple[nnx.GraphDef, Any]:
@@ -252,13 +254,13 @@ def split_part(part: nnx.Module) -> tuple[nnx.GraphDef, Any]:
 
 
 def embed_patches(graphdef: nnx.GraphDef, form: ImageForm, params: Any, patch_UB: jax.Array) -> jax.Array:
-    """The residual stream in front of the first stage."""
+    """The residual stream in front of the first block."""
     patch_UC = normalize_patches(patch_UB, form.mean, form.deviation, form.temporal_patch_size)
     return nnx.merge(graphdef, params)(patch_UC)
 
 
-def run_stage(graphdef: nnx.GraphDef, params: Any, x_UD: jax.Array, places: PatchPlaces) -> jax.Array:
-    """The residual stream behind a stage. Donates that in front of it."""
+def run_block(graphdef: nnx.GraphDef, params: Any, x_UD: jax.Array, places: PatchPlaces) -> jax.Array:
+    """The residual stream behind a block. Donates that in front of it."""
     return nnx.merge(graphdef, params)(x_UD, places)
 
 

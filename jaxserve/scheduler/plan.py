@@ -84,9 +84,9 @@ class PageCopy:
 
 @dataclass(frozen=True, slots=True)
 class ImageEncode:
-    """An image that the vision encoder reads before the step's rows run, or some of the encoder's stages of
-    it; its features go to `rows` after the last one. A plan with the next stages follows soon; in between
-    there is no other image."""
+    """An image that the vision encoder reads before the step's rows run, or some of the encoder's stages (its
+    blocks) of it; its features go to `rows` after the last one. A plan with the next stages follows soon; in
+    between there is no other image."""
 
     content_id: str
     grid: tuple[int, int, int]  # patches in time, down and across
