@@ -48,7 +48,7 @@ from jaxserve.runner.programs import Programs
 from jaxserve.runner.xla_flags import chosen_options, untried_settings
 from jaxserve.scheduler.plan import DecodeRow, PrefillChunk
 from jaxserve.types import TokenParams
-from jaxserve.weights.loader import count_served_bytes, describe_params
+from jaxserve.weights.served import count_served_bytes, describe_params
 
 PAGE_SIZE = 64
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from jaxserve.blueprint import ModelSketch
 from jaxserve.models.interface import ParamSpec
-from jaxserve.weights.loader import count_served_bytes
+from jaxserve.weights.served import count_served_bytes
 
 RESIDUAL_BYTES = 4
 SUMS_PER_LAYER = 2

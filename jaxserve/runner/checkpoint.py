@@ -26,15 +26,11 @@ from jaxserve.models.registry import find_family
 from jaxserve.models.sharding import Division
 from jaxserve.runner.host_memory import read_host_memory
 from jaxserve.runner.memory import delete_arrays
-from jaxserve.weights.loader import (
-    PutArray,
-    count_device_bytes,
-    count_served_bytes,
-    describe_params,
-    load_params,
-)
+from jaxserve.weights.building import PutArray
+from jaxserve.weights.loader import load_params
 from jaxserve.weights.placement import ALONE, Placement
 from jaxserve.weights.resolve import ModelFiles, resolve_model
+from jaxserve.weights.served import count_device_bytes, count_served_bytes, describe_params
 from jaxserve.weights.stacks import LayerStacks, describe_stacks
 
 OnProgress = Callable[[str, float, float | None], None]  # stage, done, total

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxserve.weights.loader import PutArray
+from jaxserve.weights.building import PutArray
 
 LAYER_PATH = re.compile(r"(?P<owner>(?:language\.)?layers)\.(?P<layer>\d+)\.(?P<name>\w+)")
 

@@ -23,7 +23,7 @@ from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
 from jaxserve.runner.device_state import PoolSize, make_state
 from jaxserve.runner.programs import run_step
-from jaxserve.weights.loader import describe_params
+from jaxserve.weights.served import describe_params
 from tests.kernels.h200 import CompileReport, compile_for_h200, require_h200_compiler
 
 CONFIG = Path(__file__).parents[2] / "benchmarks" / "shapes" / "qwen2.5-7b" / "config.json"

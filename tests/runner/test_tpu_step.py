@@ -19,8 +19,8 @@ from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape, make_ladder
 from jaxserve.runner.device_state import PoolSize, make_state
 from jaxserve.runner.programs import Programs, run_step
-from jaxserve.weights.loader import describe_params
 from jaxserve.weights.placement import make_placement
+from jaxserve.weights.served import describe_params
 from tests.kernels.tpu import compile_for_tpu, device_kind, list_devices, lowering_for
 from tests.runner.test_h200_step import list_copies
 

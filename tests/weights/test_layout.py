@@ -13,16 +13,11 @@ from jaxserve.models import qwen2
 from jaxserve.models.interface import ParamSpec, TensorSource
 from jaxserve.models.quant import QuantizedMatrix
 from jaxserve.models.sharding import Division, cut_channels
-from jaxserve.weights import loader
-from jaxserve.weights.loader import (
-    count_device_bytes,
-    count_served_bytes,
-    describe_params,
-    load_params,
-    make_dummy_params,
-)
+from jaxserve.weights import building, loader
+from jaxserve.weights.loader import load_params, make_dummy_params
 from jaxserve.weights.placement import make_placement
 from jaxserve.weights.resolve import resolve_model
+from jaxserve.weights.served import count_device_bytes, count_served_bytes, describe_params
 from tests import tiny
 
 CFG = qwen2.Config.from_hf(tiny.tiny_config("qwen2"))  # 6 query and 2 KV heads of 8, 106 channels, 307 ids
@@ -37,7 +32,7 @@ def specs() -> list[ParamSpec]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint that is read in blocks of a few rows, which straddle the cuts."""
-    monkeypatch.setattr(loader, "_BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(building, "_BLOCK_ELEMENTS", 500)
     return tiny.write_tiny_checkpoint(tmp_path, "qwen2")
 
 

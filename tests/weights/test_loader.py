@@ -18,9 +18,11 @@ from jaxserve.errors import WeightError
 from jaxserve.models import llama, qwen2
 from jaxserve.models.interface import ParamSpec, TensorSource
 from jaxserve.models.quant import Matrix, QuantizedMatrix, hadamard
-from jaxserve.weights import loader
-from jaxserve.weights.loader import count_served_bytes, describe_params, load_params, make_dummy_params
+from jaxserve.weights import building
+from jaxserve.weights.gguf_names import open_gguf_checkpoint
+from jaxserve.weights.loader import load_params, make_dummy_params
 from jaxserve.weights.resolve import ModelFiles, resolve_model
+from jaxserve.weights.served import DTYPES, count_served_bytes, describe_params
 from tests import tiny
 from tests.weights.gguf_files import write_model, write_tensors
 
@@ -49,7 +51,7 @@ def joined(tensors: dict[str, np.ndarray], spec: ParamSpec) -> np.ndarray:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, so that tiny tensors take many and blocks straddle fused sources."""
-    monkeypatch.setattr(loader, "_BLOCK_ELEMENTS", 500)
+    monkeypatch.setattr(building, "_BLOCK_ELEMENTS", 500)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -77,7 +79,7 @@ def test_matrices_are_served_in_the_asked_dtype_and_vectors_in_float32(
     params = load(tmp_path, "qwen2", dtype=served)
     for spec in specs_of("qwen2"):
         dtype = "float32" if spec.kind == "vector" else served
-        expected = joined(tensors, spec).astype(np.float32).astype(loader.DTYPES[dtype])
+        expected = joined(tensors, spec).astype(np.float32).astype(DTYPES[dtype])
         assert np.asarray(params[spec.path]).dtype == expected.dtype
         np.testing.assert_array_equal(params[spec.path], expected)
 
@@ -238,7 +240,7 @@ def test_computed_buffers_and_a_tied_head_are_no_leftovers(tmp_path: Path) -> No
 def test_loading_never_holds_a_float32_copy_of_a_quantised_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader, "_num_threads", lambda: 2)
+    monkeypatch.setattr(building, "_num_threads", lambda: 2)
     shape = (16384, 1024)
     matrix = np.random.default_rng(0).standard_normal(shape, np.float32).astype(np.float16)
     write_tensors(tmp_path / "m.gguf", {"token_embd.weight": matrix}, "F16")
@@ -270,7 +272,7 @@ def test_real_quantised_types_load_to_what_the_gguf_library_makes_of_them(tmp_pa
     write_tensors(tmp_path / "m.gguf", {"output.weight": matrix}, "Q5_1", architecture="qwen2")
     ggml_type = gguf.GGMLQuantizationType.Q5_1
     expected = gguf.dequantize(gguf.quantize(matrix, ggml_type), ggml_type)
-    checkpoint = loader.open_gguf_checkpoint(tmp_path / "m.gguf")
+    checkpoint = open_gguf_checkpoint(tmp_path / "m.gguf")
     np.testing.assert_array_equal(checkpoint.read_rows("lm_head.weight", 0, 40), expected)
     checkpoint.close()
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxserve.errors import WeightError
 from jaxserve.models import llama
-from jaxserve.weights import loader
+from jaxserve.weights import building
 from jaxserve.weights.loader import load_params
 from jaxserve.weights.packed_int4 import PackedCheckpoint, read_packing
 from jaxserve.weights.resolve import resolve_model
@@ -40,7 +40,9 @@ def load(folder: Path, **options: Any) -> dict[str, Any]:
 def test_parameters_are_those_of_the_unpacked_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, settings: dict, block_elements: int
 ):
-    monkeypatch.setattr(loader, "_BLOCK_ELEMENTS", block_elements)  # a few rows: blocks begin inside of words
+    monkeypatch.setattr(
+        building, "_BLOCK_ELEMENTS", block_elements
+    )  # a few rows: blocks begin inside of words
     write_packed_model(tmp_path, method, **settings)
     packed, plain = load(tmp_path), load(tmp_path / "plain")
     assert packed.keys() == plain.keys()

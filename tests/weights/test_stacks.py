@@ -8,8 +8,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxserve.models import qwen2
-from jaxserve.weights.loader import describe_params, make_dummy_params
+from jaxserve.weights.loader import make_dummy_params
 from jaxserve.weights.placement import ALONE
+from jaxserve.weights.served import describe_params
 from jaxserve.weights.stacks import LayerStacks, describe_stacks, stacked_path
 from tests.tiny import TINY_CONFIGS
 
