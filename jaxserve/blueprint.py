@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
-from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
+from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels, has_int4_kernel
 from jaxserve.models.interface import ModelConfig, ParamSpec
+from jaxserve.models.sharding import Division
 from jaxserve.runner.buckets import Ladder, make_ladder
 from jaxserve.runner.checkpoint import Checkpoint, read_family
 from jaxserve.runner.device_state import PoolSize, kv_bytes_per_token
+from jaxserve.runner.grouping import Grouping, find_grouping, find_grouping_limit, mark_groups
 from jaxserve.runner.images import ImageSizes
 from jaxserve.runner.sizing import (
     Machine,
@@ -60,6 +62,7 @@ class ModelSketch:
     kv_bytes_per_token: int
     images: ImageSizes | None  # what the device holds for images; None for a model that reads text only
     slot_bytes: int  # what a running sequence costs beside its pages
+    unpacks_because: str = ""  # why a checkpoint of 4 bits is not served in them, if nobody asked for that
 
     @property
     def cfg(self) -> Any:
@@ -67,7 +70,7 @@ class ModelSketch:
 
     @property
     def specs(self) -> list[ParamSpec]:
-        return self.checkpoint.family.param_specs(self.cfg)
+        return self.checkpoint.list_whole_specs()
 
     @property
     def kv_dtype(self) -> jnp.dtype:
@@ -111,9 +114,13 @@ def sketch_model(
     """The types and kernels that a machine serves a model with, and what they take."""
     family, cfg = read_family(config.model_path, files)
     specs = family.param_specs(cfg)
-    precision = choose_precision(config, machine, checkpoint_bits(files, specs))
     tp_size = placement.num_devices
-    local_cfg = family.divide(cfg, tp_size).local_cfg
+    division = family.divide(cfg, tp_size)
+    local_cfg = division.local_cfg
+    grouping = _choose_grouping(config, files, machine, specs, division)
+    reads_packed = grouping.is_packed and not grouping.limit
+    precision = choose_precision(config, machine, checkpoint_bits(files, specs), reads_packed=reads_packed)
+    is_int4 = precision.quantization == "int4"
     checkpoint = Checkpoint(
         files=files,
         family=family,
@@ -121,6 +128,7 @@ def sketch_model(
         kernels=choose_kernels(_describe_target(config, machine, local_cfg, precision.kv_dtype, tp_size)),
         dtype=precision.dtype,
         quantization=precision.quantization,
+        group_sizes=grouping.group_sizes if is_int4 else {},
         random_seed=config.random_seed or 0,
         download_dir=config.download_dir,
         placement=placement,
@@ -140,6 +148,7 @@ def sketch_model(
             local_cfg, jnp.dtype(precision.kv_dtype), checkpoint.kernels.make_kv
         ),
         slot_bytes=BYTES_PER_EDIT * math.ceil(cfg.vocab_size / tp_size),
+        unpacks_because=grouping.limit if grouping.is_packed and config.quantization == "auto" else "",
     )
 
 
@@ -207,6 +216,31 @@ def _choose_images(
         num_stages=vision.depth,
         patch_cost=checkpoint.count_patch_cost() * (CPU_INT8_GAIN if is_int8_cpu else 1),
     )
+
+
+def _choose_grouping(
+    config: ServerConfig,
+    files: ModelFiles,
+    machine: Machine,
+    specs: Sequence[ParamSpec],
+    division: Division,
+) -> Grouping:
+    """What is served in 4 bits if anything is, and for which reason it is not unless somebody asks for it.
+
+    Raises ConfigError for one who asks for what cannot be.
+    """
+    grouping = find_grouping(files, specs)
+    has_kernel = has_int4_kernel(machine.platform, machine.compute_capability)
+    marked = division.cut_specs(mark_groups(specs, grouping.group_sizes))
+    limit = grouping.limit or find_grouping_limit(marked, by_kernel=has_kernel)
+    if limit and config.quantization == "int4":
+        raise ConfigError(
+            f"quantization int4 cannot serve {config.model_path} on {division.num_devices} "
+            f"device{'s' if division.num_devices > 1 else ''}: {limit}. Serve it with another quantization; "
+            "none is bfloat16.",
+            param="quantization",
+        )
+    return replace(grouping, limit=limit if has_kernel else limit or "no kernel reads them here")
 
 
 def _describe_target(

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import jax
 
-from jaxserve.blueprint import Blueprint, draw_blueprint
+from jaxserve.blueprint import Blueprint, ModelSketch, draw_blueprint
 from jaxserve.config import ServerConfig
 from jaxserve.engine.loop import EngineLink, EngineLoop
 from jaxserve.errors import ConfigError
 from jaxserve.runner.host_memory import read_host_memory
 from jaxserve.runner.programs import use_compile_cache
 from jaxserve.runner.runner import ModelRunner
-from jaxserve.runner.sizing import Machine, Precision, check_devices
+from jaxserve.runner.sizing import Machine, check_devices
 from jaxserve.scheduler.features import FeatureCache
 from jaxserve.scheduler.state import SchedulerState, new_state
 from jaxserve.types import EngineInfo
@@ -48,7 +48,7 @@ def build_engine(
     use_compile_cache(_compile_cache_dir(config, machine))
     blueprint = draw_blueprint(config, files, machine, make_placement(jax.devices()[: config.tp_size]))
     sketch, sizes = blueprint.sketch, blueprint.sizes
-    _log_precision(config, machine, sketch.precision)
+    _log_precision(config, machine, sketch)
     runner = _load_runner(blueprint, on_progress)
     runner.programs.compile_rest(on_done=lambda: _finish_warm_up(runner))
     state = _make_state(blueprint)
@@ -79,9 +79,14 @@ def _make_state(blueprint: Blueprint) -> SchedulerState:
     )
 
 
-def _log_precision(config: ServerConfig, machine: Machine, precision: Precision) -> None:
+def _log_precision(config: ServerConfig, machine: Machine, sketch: ModelSketch) -> None:
+    precision = sketch.precision
     if machine.platform == "cpu" and precision.quantization == "fp8":
         logger.warning("On a CPU fp8 weights are converted in every step; --quantization int8 is far faster.")
+    if precision.quantization == "int4" and not sketch.checkpoint.kernels.reads_int4:
+        logger.warning("Here 4-bit weights become bfloat16 in every step: they save memory, and take time.")
+    if sketch.unpacks_because:
+        logger.info("The checkpoint's 4 bits are not served as they are: %s.", sketch.unpacks_because)
     served = precision.dtype if precision.quantization == "none" else precision.quantization
     logger.info("Load weight begin. %s as %s", config.model_path, served)
 

@@ -74,9 +74,10 @@ class ServerConfig:
     )
     quantization: str = _flag(
         "Model",
-        "auto: int8 on a CPU where the checkpoint itself is quantised, otherwise none; fp8: for GPUs",
+        "auto: int8 on a CPU where the checkpoint itself is quantised, int4 on a Hopper GPU where it is AWQ "
+        "or GPTQ, otherwise none; fp8 and int4: for GPUs",
         default="auto",
-        choices=("auto", "none", "int8", "fp8"),
+        choices=("auto", "none", "int8", "fp8", "int4"),
     )
     kv_cache_dtype: str = _flag(
         "Model",

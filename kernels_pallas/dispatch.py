@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 
+from jaxserve.kernels_pallas.int4_matmul import ref as int4_matmul_ref
 from jaxserve.kernels_pallas.kv_layer import make_layer
 from jaxserve.kernels_pallas.kv_pages import make_pages
 from jaxserve.kernels_pallas.kv_write import ref as kv_write_ref
@@ -39,6 +40,12 @@ class KernelSet:
     choose_tokens: Callable
     shards: Shards = ONE_DEVICE
     make_kv: Callable = make_layer
+    int4_matmul: Callable = int4_matmul_ref.int4_matmul
+
+    @property
+    def reads_int4(self) -> bool:
+        """Whether products read 4-bit matrices as they are packed; XLA's form makes them bf16 first."""
+        return self.int4_matmul is not int4_matmul_ref.int4_matmul
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +92,11 @@ def _choose_for_one(target: KernelTarget) -> KernelSet:
         return _choose_for_tpu(target)
     if target.platform == "cpu":
         return XLA_KERNELS
-    limit = _find_gpu_limit(target)
+    limit = _find_gpu_limit(target.compute_capability)
     if limit:
         return replace(XLA_KERNELS, name=f"xla ({limit})")
     # Below jax 0.11 these imports fail, so they wait until they are known to be wanted.
+    from jaxserve.kernels_pallas.int4_matmul.gpu import int4_matmul
     from jaxserve.kernels_pallas.kv_write.gpu import rope_write
     from jaxserve.kernels_pallas.paged_attention.gpu_decode import paged_decode
     from jaxserve.kernels_pallas.paged_attention.gpu_prefill import paged_prefill
@@ -104,6 +112,7 @@ def _choose_for_one(target: KernelTarget) -> KernelSet:
         paged_decode=XLA_KERNELS.paged_decode if decode_limit else paged_decode,
         paged_prefill=XLA_KERNELS.paged_prefill if prefill_limit else paged_prefill,
         choose_tokens=choose_tokens,
+        int4_matmul=int4_matmul,
     )
 
 
@@ -131,10 +140,15 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
     )
 
 
-def _find_gpu_limit(target: KernelTarget) -> str:
-    """Why no kernel of ours can run there; empty if one can."""
+def has_int4_kernel(platform: str, compute_capability: str) -> bool:
+    """Whether `choose_kernels` finds one there that reads 4-bit matrices as they are packed."""
+    return platform == "gpu" and not _find_gpu_limit(compute_capability)
+
+
+def _find_gpu_limit(compute_capability: str) -> str:
+    """Why no kernel of ours can run on such a GPU; empty if one can."""
     if jax.__version_info__ < (0, 11):
         return f"jax {jax.__version__} is older than 0.11"
-    if target.compute_capability != "9.0":
-        return f"compute capability {target.compute_capability} is not that of Hopper, 9.0"
+    if compute_capability != "9.0":
+        return f"compute capability {compute_capability} is not that of Hopper, 9.0"
     return ""

@@ -66,6 +66,7 @@ class ParamSpec:
     "embedding" ([vocabulary, width]), both quantisable per row of axis 0, "exact" (a matrix that is never
     quantised), or "vector" (norms and biases: never quantised, kept in float32). `axes` are logical names for
     sharding, one an axis; `cuts` say how each is cut, if devices share the parameter (models/sharding.py).
+    `group_size` is of a matrix that is served in 4 bits: inputs of the checkpoint that share a scale.
     """
 
     path: str
@@ -73,6 +74,7 @@ class ParamSpec:
     sources: tuple[TensorSource, ...]
     axes: tuple[str | None, ...]
     cuts: tuple[Cut | None, ...] = ()
+    group_size: int = 0  # 0: not served in 4 bits
 
     @property
     def shape(self) -> tuple[int, ...]:

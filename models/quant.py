@@ -1,4 +1,5 @@
-"""Quantised matrices, int8 or fp8 with a float32 scale an output row, and the products that read them.
+"""Quantised matrices and the products that read them: int8 or fp8 with a float32 scale an output row, and
+4-bit values in groups (kernels_pallas/int4_matmul).
 
 `matmul` is the only way a model multiplies by a weight, so a family file reads the same whatever the
 weight's type. fp8 is of weights only and meant for GPUs, where it halves what bf16 weights take. Activations
@@ -15,14 +16,19 @@ rounded to bf16: that is a fraction of the step that int8 has.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.kernels_pallas.dispatch import KernelSet
+from jaxserve.kernels_pallas.int4_matmul.ref import (
+    Int4Matrix as Int4Matrix,
+)  # what a loader makes of 4-bit values
 from jaxserve.kernels_pallas.rounding import to_bf16
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 
@@ -52,7 +58,24 @@ class QuantizedMatrix(NamedTuple):
         return self.q_FD.dtype == jnp.int8
 
 
-Matrix = jax.Array | QuantizedMatrix
+@partial(jax.tree_util.register_dataclass, data_fields=["packed"], meta_fields=["multiply"])
+@dataclass(frozen=True, slots=True)
+class GroupedMatrix:
+    """A [output, input] matrix of 4-bit values, with the form of the product that was chosen at start."""
+
+    packed: Int4Matrix
+    multiply: Callable[[jax.Array, Int4Matrix], jax.Array]
+
+
+Matrix = jax.Array | QuantizedMatrix | GroupedMatrix
+
+
+def bind_kernels(params: Mapping[str, Any], kernels: KernelSet) -> dict[str, Any]:
+    """Loaded parameters, or what describes them, as a model takes them: 4-bit matrices know their product."""
+    return {
+        path: GroupedMatrix(w, kernels.int4_matmul) if isinstance(w, Int4Matrix) else w
+        for path, w in params.items()
+    }
 
 
 def matmul(x_TD: jax.Array, w_FD: Matrix) -> jax.Array:
@@ -60,9 +83,12 @@ def matmul(x_TD: jax.Array, w_FD: Matrix) -> jax.Array:
 
     bf16 operands accumulate in float32 (asked for explicitly: without it XLA's CPU backend converts the
     whole weight). int8: x is rotated and rounded to 1/127 of its row's absmax; sums are int32. fp8: only the
-    weight is; it is converted to bf16 within the product on GPUs, and before it on the CPU.
+    weight is; it is converted to bf16 within the product on GPUs, and before it on the CPU. 4 bits: only the
+    weight; x is rounded to bf16.
     """
     x_TD = x_TD.astype(jnp.float32)
+    if isinstance(w_FD, GroupedMatrix):
+        return w_FD.multiply(to_bf16(x_TD), w_FD.packed)
     if not isinstance(w_FD, QuantizedMatrix):
         x_TD = to_bf16(x_TD) if w_FD.dtype == jnp.bfloat16 else x_TD.astype(w_FD.dtype)
         return _product(x_TD, w_FD, jnp.float32)
@@ -136,6 +162,7 @@ def _transposed_gated_mlp(
 
 def embed(token_ids_T: jax.Array, w_VD: Matrix, shards: Shards = ONE_DEVICE) -> jax.Array:
     """Rows of an embedding matrix: [T] int32 to [T, D] float32. Each of `shards` has some of the rows."""
+    assert not isinstance(w_VD, GroupedMatrix), "rows of 4-bit values are not looked up"
     row_T = shards.find_own(token_ids_T, w_VD.shape[0])
     if not isinstance(w_VD, QuantizedMatrix):
         return shards.add(_take(w_VD, row_T))

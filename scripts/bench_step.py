@@ -40,10 +40,12 @@ from flax import nnx
 from jaxserve.build import read_machine
 from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
 from jaxserve.models.interface import ModelConfig, ParamSpec
+from jaxserve.models.quant import bind_kernels
 from jaxserve.models.registry import find_family
 from jaxserve.runner.batch import pack_step, slot_params
 from jaxserve.runner.buckets import Ladder, Shape
 from jaxserve.runner.device_state import DeviceState, PoolSize, kv_bytes_per_token
+from jaxserve.runner.grouping import group_layers, mark_groups
 from jaxserve.runner.programs import Programs
 from jaxserve.runner.xla_flags import chosen_options, untried_settings
 from jaxserve.scheduler.plan import DecodeRow, PrefillChunk
@@ -87,7 +89,8 @@ class StepBench:
         hf_config = json.loads((arguments.model_path / "config.json").read_text())
         self._family = find_family(hf_config)
         self.cfg: ModelConfig = self._family.Config.from_hf(hf_config)
-        self._specs: list[ParamSpec] = self._family.param_specs(self.cfg)
+        specs = self._family.param_specs(self.cfg)
+        self._specs: list[ParamSpec] = mark_groups(specs, group_layers(specs))  # of int4
         self._precision = {"dtype": arguments.dtype, "quantization": arguments.quantization}
         self._kv_dtype = jnp.dtype(arguments.kv_cache_dtype)
         most_rows = max([*arguments.rows, 1])
@@ -104,7 +107,7 @@ class StepBench:
         self.tried_options: dict[str, str | int | bool] = {}  # XLA's, of the programs to come
         params = describe_params(self._specs, **self._precision)
         self.kernels = choose_kernels(self._describe_target())
-        model = self._family.Model(self.cfg, params, self.kernels)
+        model = self._family.Model(self.cfg, bind_kernels(params, self.kernels), self.kernels)
         ladder = Ladder((), 0)  # programs are compiled one by one here
         self._programs = Programs(model, self.cfg, self._pool, self._kv_dtype, ladder)
         keys = iter(jax.random.split(jax.random.key(2), 8 * len(self._specs)))
@@ -224,7 +227,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1024, metavar="TOKENS", help="of a decode row")
     parser.add_argument("--prefill", type=int, nargs="*", default=[1024, 8192], metavar="TOKENS")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--quantization", default="none", choices=["none", "int8", "fp8"])
+    parser.add_argument("--quantization", default="none", choices=["none", "int8", "fp8", "int4"])
     parser.add_argument("--kv-cache-dtype", default="bfloat16", choices=["float32", "bfloat16", "int8"])
     parser.add_argument("--try-xla-flags", action="store_true", help="the rows again, under each of them")
     add_ceiling_flags(parser)

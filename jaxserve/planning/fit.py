@@ -88,7 +88,10 @@ def suggest_remedies(config: ServerConfig, files: ModelFiles, fit: SliceFit) -> 
     """Changes that make it fit, each alone; the smallest larger slice of the chip last."""
     found = []
     for change, words in _list_changes(config, fit.where):
-        changed = fit_slice(dataclasses.replace(config, **change), files, fit.where, fit.context)
+        try:
+            changed = fit_slice(dataclasses.replace(config, **change), files, fit.where, fit.context)
+        except ConfigError:  # not every shape can be served in 4 bits
+            continue
         if changed.fits:
             found.append(f"{words}: weights {_gib(changed.sketch.param_bytes)} a device, {_pool(changed)}")
     larger = (Slice(chip=fit.where.chip, dims=dims) for dims in _list_grids(fit.where))
@@ -105,6 +108,7 @@ def _list_changes(config: ServerConfig, where: Slice) -> Iterable[tuple[dict, st
         yield {"quantization": "int8"}, "--quantization int8"
         if where.chip.platform == "gpu":
             yield {"quantization": "fp8"}, "--quantization fp8"
+            yield {"quantization": "int4"}, "--quantization int4"
     if config.kv_cache_dtype != "int8":
         yield {"kv_cache_dtype": "int8"}, "--kv-cache-dtype int8"
     if (config.max_running_requests or FEWER_ROWS + 1) > FEWER_ROWS:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,8 +22,10 @@ from flax import nnx
 from jaxserve.errors import UnavailableError, WeightError
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.interface import ParamSpec
+from jaxserve.models.quant import bind_kernels
 from jaxserve.models.registry import find_family
 from jaxserve.models.sharding import Division
+from jaxserve.runner.grouping import mark_groups
 from jaxserve.runner.host_memory import read_host_memory
 from jaxserve.runner.memory import delete_arrays
 from jaxserve.weights.building import PutArray
@@ -50,6 +52,7 @@ class Checkpoint:
     kernels: KernelSet
     dtype: str
     quantization: str
+    group_sizes: Mapping[str, int] = field(default_factory=dict)  # of what is served in 4 bits, by path
     random_seed: int = 0
     download_dir: str | None = None
     placement: Placement = ALONE
@@ -64,8 +67,15 @@ class Checkpoint:
     def _divide(self) -> Division:
         return self.family.divide(self.cfg, self.placement.num_devices)
 
+    def list_whole_specs(self) -> list[ParamSpec]:
+        """The parameters as if one device held them."""
+        return mark_groups(self.family.param_specs(self.cfg), self.group_sizes)
+
     def _list_specs(self) -> list[ParamSpec]:
-        return self._divide().cut_specs(self.family.param_specs(self.cfg))
+        return self._divide().cut_specs(self.list_whole_specs())
+
+    def _make_model(self, params: Mapping[str, Any]) -> nnx.Module:
+        return self.family.Model(self.local_cfg, bind_kernels(params, self.kernels), self.kernels)
 
     def read_model(self, on_progress: OnProgress, put: PutArray | None = None) -> nnx.Module:
         """The model with its parameters. Raises WeightError, and UnavailableError once `stopping` is set."""
@@ -86,10 +96,10 @@ class Checkpoint:
         )
         put = put or self.placement.put
         if not self.stacks_layers:
-            return self.family.Model(self.local_cfg, load(put=put), self.kernels)
+            return self._make_model(load(put=put))
         stacks = LayerStacks(put, self.cfg.num_layers)
         try:
-            return self.family.Model(self.local_cfg, stacks.collect(load(put=stacks.put)), self.kernels)
+            return self._make_model(stacks.collect(load(put=stacks.put)))
         except BaseException:
             stacks.delete()
             raise
@@ -149,7 +159,7 @@ class Checkpoint:
         )
         if self.stacks_layers:
             params = describe_stacks(params, self.cfg.num_layers)
-        return self.family.Model(self.local_cfg, params, self.kernels)
+        return self._make_model(params)
 
     def count_bytes(self) -> int:
         """Of the served parameters."""

@@ -35,7 +35,7 @@ class Machine:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Precision:
     dtype: str  # of weights that are not quantised: "float32" or "bfloat16"
-    quantization: str  # "none", "int8" or "fp8"
+    quantization: str  # "none", "int8", "fp8" or "int4"
     kv_dtype: str
 
 
@@ -59,16 +59,20 @@ class Sizes:
         return math.ceil(self.context_length / self.page_size)
 
 
-def choose_precision(config: ServerConfig, machine: Machine, checkpoint_bits: float) -> Precision:
+def choose_precision(
+    config: ServerConfig, machine: Machine, checkpoint_bits: float, *, reads_packed: bool = False
+) -> Precision:
     """Types of weights and pool. `checkpoint_bits` is what a weight takes in the files, on average.
 
     A checkpoint of 8 bits or fewer (8.6 with scales and metadata) is served in int8 on the CPU, where
-    that is the fastest product and loses little that the file has not lost already; nothing else is
-    quantised unasked.
+    that is the fastest product and loses little that the file has not lost already. One that is packed in 4
+    bits stays so where a kernel reads it (`reads_packed`). Nothing else is quantised unasked.
     """
     quantization = config.quantization
     if quantization == "auto":
         quantization = "int8" if machine.platform == "cpu" and checkpoint_bits < 12 else "none"
+        if reads_packed:
+            quantization = "int4"
     dtype = config.dtype
     if dtype == "auto":
         dtype = "float32" if checkpoint_bits > 24 else "bfloat16"

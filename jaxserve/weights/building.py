@@ -11,26 +11,31 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxserve.errors import WeightError
 from jaxserve.models.interface import ParamSpec
-from jaxserve.models.quant import Matrix, QuantizedMatrix, hadamard
+from jaxserve.models.quant import Int4Matrix, QuantizedMatrix, hadamard
 from jaxserve.weights.cache import ProgressCallback
-from jaxserve.weights.layout import count_own_columns, pick_columns, place_rows
+from jaxserve.weights.int4_rows import GroupedRows, pack_runs
+from jaxserve.weights.layout import count_own_columns, pick_columns, pick_groups, place_rows
 from jaxserve.weights.served import (
     DTYPES,
     QUANTIZATIONS,
     QUANTIZED,
     count_served_bytes,
-    find_float_type,
-    is_quantized,
+    find_form,
+    list_arrays,
 )
 
 # Places a finished host array on the device or devices: (path, array, logical axis names).
 PutArray = Callable[[str, np.ndarray, Sequence[str | None]], jax.Array]
+
+ReadBlock = Callable[[ParamSpec, int, int], np.ndarray]  # (parameter, first row, number of rows)
+ReadGroups = Callable[[ParamSpec, int, int], GroupedRows]
 
 # 0.5 MB of float32: a block and its temporaries stay in a core's cache, and NumPy's overhead is small.
 _BLOCK_ELEMENTS = 1 << 17
@@ -41,26 +46,34 @@ _MIN_ABSMAX = 1e-12  # as in models/quant.py: the scale of a row of zeros is tin
 
 def build_params(
     specs: list[ParamSpec],
-    read_block: Callable[[ParamSpec, int, int], np.ndarray],
+    read_block: ReadBlock,
+    read_groups: ReadGroups,
     dtype: str,
     quantization: str,
     on_progress: ProgressCallback,
     put: PutArray,
-) -> dict[str, Matrix]:
-    """Make one parameter after another, its blocks in parallel; at most one is on the host unplaced."""
+) -> dict[str, Any]:
+    """Make one parameter after another, its blocks in parallel; at most one is on the host unplaced.
+
+    `read_groups` is asked for what is served in 4 bits.
+    """
     if quantization not in QUANTIZATIONS:
         raise WeightError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
     if dtype not in DTYPES:
         raise WeightError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     total_bytes = count_served_bytes(specs, dtype=dtype, quantization=quantization)
     done_bytes = 0
-    params: dict[str, Matrix] = {}
+    params: dict[str, Any] = {}
     with ThreadPoolExecutor(_num_threads(), thread_name_prefix="load-weights") as pool:
         for spec in specs:
-            if is_quantized(spec, quantization):
-                params[spec.path] = _build_quantized(spec, quantization, read_block, pool, put)
+            form = find_form(spec, quantization)
+            if form == "int4":
+                params[spec.path] = _build_grouped(spec, read_groups, pool, put)
+            elif form == "none":
+                (array,) = list_arrays(spec, dtype, quantization)
+                params[spec.path] = _build_float(spec, array.item_type, read_block, pool, put)
             else:
-                params[spec.path] = _build_float(spec, find_float_type(spec, dtype), read_block, pool, put)
+                params[spec.path] = _build_quantized(spec, form, read_block, pool, put)
             done_bytes += count_served_bytes([spec], dtype=dtype, quantization=quantization)
             on_progress("Loading weights", done_bytes, total_bytes)
     return params
@@ -69,7 +82,7 @@ def build_params(
 def _build_float(
     spec: ParamSpec,
     dtype: np.dtype,
-    read_block: Callable[[ParamSpec, int, int], np.ndarray],
+    read_block: ReadBlock,
     pool: ThreadPoolExecutor,
     put: PutArray,
 ) -> jax.Array:
@@ -90,7 +103,7 @@ def _build_float(
 def _build_quantized(
     spec: ParamSpec,
     quantization: str,
-    read_block: Callable[[ParamSpec, int, int], np.ndarray],
+    read_block: ReadBlock,
     pool: ThreadPoolExecutor,
     put: PutArray,
 ) -> QuantizedMatrix:
@@ -115,6 +128,28 @@ def _build_quantized(
 
     _run_blocks(pool, fill, spec)
     return QuantizedMatrix(put(spec.path, q_host, spec.axes), put(spec.path, scale_host, spec.axes[:1]))
+
+
+def _build_grouped(
+    spec: ParamSpec, read_groups: ReadGroups, pool: ThreadPoolExecutor, put: PutArray
+) -> Int4Matrix:
+    """Values as they are packed (kernels_pallas/int4_matmul/ref.py), groups of scales and zeros first."""
+    arrays = list_arrays(spec, "bfloat16", "int4")
+    q_host, scale_host, zero_host = (_allocate(spec, array.shape, array.item_type) for array in arrays)
+
+    def fill(block_range: tuple[int, int]) -> None:
+        first_row, num_rows = block_range
+        rows = read_groups(spec, first_row, num_rows)
+        with np.errstate(over="ignore"):
+            scale_FG = rows.scale_FG.astype(scale_host.dtype)
+        _require_finite(spec, rows.scale_FG, scale_FG)
+        place_rows(q_host, spec, first_row, pack_runs(pick_columns(rows.q_FD, spec)))
+        place_rows(scale_host.T, spec, first_row, pick_groups(scale_FG, spec))
+        place_rows(zero_host.T, spec, first_row, pick_groups(rows.zero_FG, spec))
+
+    _run_blocks(pool, fill, spec)
+    hosts = zip(arrays, (q_host, scale_host, zero_host), strict=True)
+    return Int4Matrix(*(put(spec.path, host, array.pick(spec.axes)) for array, host in hosts))
 
 
 def _rotate(block_FD: np.ndarray, h_HH: np.ndarray) -> np.ndarray:

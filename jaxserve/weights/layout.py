@@ -7,6 +7,7 @@ of a checkpoint is read once, whoever holds it: rows that several devices hold a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,6 +37,35 @@ def pick_columns(block: np.ndarray, spec: ParamSpec) -> np.ndarray:
     for source, target, length in list_pieces(cut):
         served[:, target : target + length] = block[:, source : source + length]
     return served
+
+
+def pick_groups(block_FG: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """What each group of the checkpoint's columns has, by group of the served ones: zeros where those are."""
+    cut = spec.cuts[1] if spec.cuts else None
+    if cut is None:
+        return block_FG
+    group_size = find_group_size(spec)
+    served_FG = np.zeros((len(block_FG), count_served_groups(spec)), block_FG.dtype)
+    for source, target, length in list_pieces(cut):
+        groups = np.arange(source, source + length, group_size) // spec.group_size
+        served_FG[:, target // group_size : (target + length) // group_size] = block_FG[:, groups]
+    return served_FG
+
+
+def find_group_size(spec: ParamSpec) -> int:
+    """Columns of a group as it is served: no group reaches over what a device holds of others."""
+    cut = spec.cuts[1] if spec.cuts else None
+    if cut is None:
+        return spec.group_size
+    bounds = [
+        number for runs in cut.runs_by_device for run in runs for number in (run.start or 0, run.length)
+    ]
+    return math.gcd(spec.group_size, *bounds)
+
+
+def count_served_groups(spec: ParamSpec) -> int:
+    """Of the parts of all devices together."""
+    return spec.served_shape[1] // find_group_size(spec)
 
 
 def count_own_columns(spec: ParamSpec) -> int:

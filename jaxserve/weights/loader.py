@@ -18,11 +18,11 @@ import numpy as np
 
 from jaxserve.errors import WeightError
 from jaxserve.models.interface import ParamSpec, TensorSource
-from jaxserve.models.quant import Matrix
 from jaxserve.weights.building import PutArray, build_params
 from jaxserve.weights.cache import ProgressCallback
 from jaxserve.weights.gguf_names import open_gguf_checkpoint
-from jaxserve.weights.packed_int4 import unpack
+from jaxserve.weights.int4_rows import GroupedRows, join_rows, quantize_rows
+from jaxserve.weights.packed_int4 import PackedCheckpoint, unpack
 from jaxserve.weights.placement import ALONE
 from jaxserve.weights.resolve import ModelFiles
 from jaxserve.weights.safetensors import open_safetensors
@@ -52,13 +52,14 @@ def load_params(
     on_progress: ProgressCallback,
     put: PutArray = ALONE.put,
     random_seed: int = 0,
-) -> dict[str, Matrix]:
+) -> dict[str, Any]:
     """The served parameters of `specs`, by path, in the layout that devices share them in (layout.py).
 
     Vectors are float32; matrices and embeddings are `dtype` ("float32", "bfloat16", "float16"), or with
-    quantization "int8" or "fp8" a quantised matrix whose parts `put` is given under the same path. Progress
-    counts served bytes. For files of kind "dummy" the values are made up from `random_seed`. Raises
-    WeightError naming the tensor and the file at fault.
+    quantization "int8" or "fp8" a quantised matrix whose parts `put` is given under the same path, or with
+    "int4" such a one where the spec has a group size. Progress counts served bytes. For files of kind
+    "dummy" the values are made up from `random_seed`. Raises WeightError naming the tensor and the file at
+    fault.
     """
     if files.kind == "dummy":
         return make_dummy_params(
@@ -80,7 +81,10 @@ def load_params(
         def read_block(spec: ParamSpec, first_row: int, num_rows: int) -> np.ndarray:
             return _read_spec_rows(checkpoint, spec, first_row, num_rows)
 
-        return build_params(specs, read_block, dtype, quantization, on_progress, put)
+        def read_groups(spec: ParamSpec, first_row: int, num_rows: int) -> GroupedRows:
+            return _read_spec_groups(checkpoint, spec, first_row, num_rows)
+
+        return build_params(specs, read_block, read_groups, dtype, quantization, on_progress, put)
 
 
 def make_dummy_params(
@@ -91,7 +95,7 @@ def make_dummy_params(
     random_seed: int = 0,
     on_progress: ProgressCallback = lambda message, done, total: None,
     put: PutArray = ALONE.put,
-) -> dict[str, Matrix]:
+) -> dict[str, Any]:
     """Parameters of the right shapes and made-up values, for trying things out without weights.
 
     Normal with standard deviation 0.02; norms are 1. A parameter's values depend on the seed, its path and
@@ -105,7 +109,10 @@ def make_dummy_params(
         generator = np.random.default_rng([random_seed, zlib.crc32(spec.path.encode()), first_row])
         return generator.standard_normal(shape, np.float32) * np.float32(0.02)
 
-    return build_params(specs, make_block, dtype, quantization, on_progress, put)
+    def make_groups(spec: ParamSpec, first_row: int, num_rows: int) -> GroupedRows:
+        return quantize_rows(make_block(spec, first_row, num_rows), spec.group_size)
+
+    return build_params(specs, make_block, make_groups, dtype, quantization, on_progress, put)
 
 
 def check_checkpoint(checkpoint: CheckpointTensors, specs: list[ParamSpec], *, is_tied: bool) -> None:
@@ -161,7 +168,32 @@ def _is_tied(hf_config: Mapping[str, Any]) -> bool:
 def _read_spec_rows(
     checkpoint: CheckpointTensors, spec: ParamSpec, first_row: int, num_rows: int
 ) -> np.ndarray:
-    """Rows of the sources' concatenation along axis 0.
+    """Rows of the sources' concatenation along axis 0."""
+    pieces = [checkpoint.read_rows(*piece) for piece in _find_pieces(spec, first_row, num_rows)]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _read_spec_groups(
+    checkpoint: CheckpointTensors, spec: ParamSpec, first_row: int, num_rows: int
+) -> GroupedRows:
+    """The same in 4 bits: as the checkpoint packs them, or quantised here where it does not."""
+    found = []
+    for name, first, count in _find_pieces(spec, first_row, num_rows):
+        if isinstance(checkpoint, PackedCheckpoint) and checkpoint.is_packed(name):
+            rows = checkpoint.read_packed_rows(name, first, count)
+            if not rows.has_groups_of(spec.group_size):
+                raise WeightError(
+                    f"Tensor {name} is not packed in groups of {spec.group_size} inputs, in order, as is "
+                    "served here: launch a server of its own for this checkpoint."
+                )
+            found.append(rows)
+        else:
+            found.append(quantize_rows(checkpoint.read_rows(name, first, count), spec.group_size))
+    return join_rows(found)
+
+
+def _find_pieces(spec: ParamSpec, first_row: int, num_rows: int) -> list[tuple[str, int, int]]:
+    """Name, first row and number of rows of each source that has some of the concatenation's.
 
         source 0         source 1      source 2
     |----------------|-------------|-------------|
@@ -175,9 +207,9 @@ def _read_spec_rows(
         source_end = source_start + source.shape[0]
         start, end = max(first_row, source_start), min(end_row, source_end)
         if start < end:
-            pieces.append(checkpoint.read_rows(source.name, start - source_start, end - start))
+            pieces.append((source.name, start - source_start, end - start))
         source_start = source_end
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    return pieces
 
 
 def _list_names(names: list[str]) -> str:

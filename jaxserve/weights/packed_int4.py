@@ -23,7 +23,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxserve.errors import WeightError
+from jaxserve.weights.int4_rows import GroupedRows, dequantize
 
+METHODS = ("awq", "gptq")  # what config.json calls them
 VALUES_PER_WORD = 8
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # of the outputs in a word, lowest bits first
 IN_ORDER = tuple(range(VALUES_PER_WORD))
@@ -51,22 +53,13 @@ class Packing:
     reorders_groups: bool  # each input's group is named by g_idx
 
 
-class GroupedRows(NamedTuple):
-    """Rows of a matrix as they are packed: weight = scale * (value - zero) of the input's group."""
-
-    q_FD: np.ndarray  # uint8, 0 to 15
-    scale_FG: np.ndarray  # float32
-    zero_FG: np.ndarray  # uint8, 0 to 15
-    group_D: np.ndarray | None  # of each input; None: groups of equal length, in order
-
-
 def read_packing(hf_config: Mapping[str, Any]) -> Packing | None:
     """From config.json; None where it says nothing. Raises WeightError for what is not served."""
     quantization = hf_config.get("quantization_config")
     if not quantization:
         return None
     method, bits = quantization.get("quant_method"), quantization.get("bits", quantization.get("w_bit"))
-    if method not in ("awq", "gptq") or bits != 4:
+    if method not in METHODS or bits != 4:
         raise WeightError(
             f"The checkpoint is quantised as {method!r} of {bits} bits; served are 'awq' and 'gptq' of 4 "
             "bits, GGUF files, and checkpoints that are not quantised."
@@ -196,18 +189,6 @@ def unpack(checkpoint: Tensors, hf_config: Mapping[str, Any]) -> Tensors:
     """The checkpoint, seen through its packing if it has one. Raises WeightError as `read_packing`."""
     packing = read_packing(hf_config)
     return checkpoint if packing is None else PackedCheckpoint(checkpoint, packing)
-
-
-def dequantize(rows: GroupedRows) -> np.ndarray:
-    """scale * (value - zero), float32 [F, D]."""
-    if rows.group_D is not None:
-        zero_FD, scale_FD = rows.zero_FG[:, rows.group_D], rows.scale_FG[:, rows.group_D]
-        return (rows.q_FD.astype(np.float32) - zero_FD) * scale_FD
-    num_rows, num_groups = rows.scale_FG.shape
-    w_FGD = rows.q_FD.reshape(num_rows, num_groups, -1).astype(np.float32)
-    w_FGD -= rows.zero_FG[:, :, None]
-    w_FGD *= rows.scale_FG[:, :, None]
-    return w_FGD.reshape(num_rows, -1)
 
 
 def unpack_words(words: np.ndarray, *, axis: int, order: tuple[int, ...]) -> np.ndarray:

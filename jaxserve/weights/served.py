@@ -7,14 +7,15 @@ Knows nothing of files or families.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
 
 from jaxserve.models.interface import ParamSpec
-from jaxserve.models.quant import QuantizedMatrix
+from jaxserve.models.quant import Int4Matrix, QuantizedMatrix
+from jaxserve.weights.layout import count_served_groups
 from jaxserve.weights.placement import ALONE, Placement
 
 DTYPES: dict[str, np.dtype] = {
@@ -27,7 +28,19 @@ QUANTIZED = {
     "int8": (np.dtype(np.int8), 127),
     "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), 448),
 }
-QUANTIZATIONS = ("none", *QUANTIZED)
+QUANTIZATIONS = ("none", *QUANTIZED, "int4")
+
+
+class ServedArray(NamedTuple):
+    """One of the arrays of a parameter. `dims` are the axes of the parameter that its own belong to."""
+
+    shape: tuple[int, ...]
+    item_type: np.dtype
+    dims: tuple[int, ...]
+
+    def pick(self, by_axis: tuple) -> tuple:
+        """Of what a parameter says of each of its axes, what concerns this array."""
+        return tuple(by_axis[dim] for dim in self.dims) if by_axis else ()
 
 
 def describe_params(
@@ -37,41 +50,56 @@ def describe_params(
     params: dict[str, Any] = {}
     for spec in specs:
         arrays = [
-            jax.ShapeDtypeStruct(shape, item_type, sharding=placement.make_sharding(spec.axes[: len(shape)]))
-            for shape, item_type in list_arrays(spec, dtype, quantization)
+            jax.ShapeDtypeStruct(
+                array.shape, array.item_type, sharding=placement.make_sharding(array.pick(spec.axes))
+            )
+            for array in list_arrays(spec, dtype, quantization)
         ]
-        has_scales = is_quantized(spec, quantization)
-        params[spec.path] = QuantizedMatrix(*arrays) if has_scales else arrays[0]  # type: ignore[arg-type]
+        params[spec.path] = _FORMS[len(arrays)](*arrays)
     return params
 
 
 def count_served_bytes(specs: list[ParamSpec], *, dtype: str, quantization: str = "none") -> int:
     """Bytes of the arrays that `load_params` will give."""
     arrays = [array for spec in specs for array in list_arrays(spec, dtype, quantization)]
-    return sum(math.prod(shape) * item_type.itemsize for shape, item_type in arrays)
+    return sum(math.prod(array.shape) * array.item_type.itemsize for array in arrays)
 
 
 def count_device_bytes(specs: list[ParamSpec], *, dtype: str, quantization: str = "none") -> int:
     """Those of them that each device holds."""
     num_bytes = 0
     for spec in specs:
-        for shape, item_type in list_arrays(spec, dtype, quantization):
-            cuts = [cut for cut in spec.cuts[: len(shape)] if cut is not None]
+        for array in list_arrays(spec, dtype, quantization):
+            cuts = [cut for cut in array.pick(spec.cuts) if cut is not None]
             num_parts = math.prod(len(cut.runs_by_device) for cut in cuts)
-            num_bytes += math.prod(shape) * item_type.itemsize // num_parts
+            num_bytes += math.prod(array.shape) * array.item_type.itemsize // num_parts
     return num_bytes
 
 
-def is_quantized(spec: ParamSpec, quantization: str) -> bool:
-    return spec.kind in ("matrix", "embedding") and quantization != "none"
+def find_form(spec: ParamSpec, quantization: str) -> str:
+    """What a parameter is served as: "int4", another quantisation, or "none"."""
+    if quantization == "int4":
+        return "int4" if spec.group_size else "none"
+    return quantization if spec.kind in ("matrix", "embedding") else "none"
 
 
-def find_float_type(spec: ParamSpec, dtype: str) -> np.dtype:
-    return DTYPES["float32" if spec.kind == "vector" else dtype]
+def list_arrays(spec: ParamSpec, dtype: str, quantization: str) -> list[ServedArray]:
+    """The arrays that a parameter is served as: the values, and if quantised the scales, and of 4-bit values
+    the zeros."""
+    shape, form = spec.served_shape, find_form(spec, quantization)
+    if form == "int4":
+        groups = (count_served_groups(spec), shape[0])
+        return [
+            ServedArray((shape[0], shape[1] // 2), np.dtype(np.int8), (0, 1)),
+            ServedArray(groups, DTYPES["float16"], (1, 0)),
+            ServedArray(groups, np.dtype(np.int8), (1, 0)),
+        ]
+    if form != "none":
+        values = ServedArray(shape, QUANTIZED[form][0], (0, 1))
+        return [values, ServedArray(shape[:1], DTYPES["float32"], (0,))]
+    item_type = DTYPES["float32" if spec.kind == "vector" else dtype]
+    return [ServedArray(shape, item_type, tuple(range(len(shape))))]
 
 
-def list_arrays(spec: ParamSpec, dtype: str, quantization: str) -> list[tuple[tuple[int, ...], np.dtype]]:
-    """Shape and type of each array that a parameter is served as: the values, and the scales if quantised."""
-    if is_quantized(spec, quantization):
-        return [(spec.served_shape, QUANTIZED[quantization][0]), (spec.served_shape[:1], DTYPES["float32"])]
-    return [(spec.served_shape, find_float_type(spec, dtype))]
+# What a parameter of so many arrays is.
+_FORMS: dict[int, Any] = {1: lambda array: array, 2: QuantizedMatrix, 3: Int4Matrix}

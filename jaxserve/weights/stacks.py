@@ -23,10 +23,12 @@ LAYER_PATH = re.compile(r"(?P<owner>(?:language\.)?layers)\.(?P<layer>\d+)\.(?P<
 
 
 class StackPlace(NamedTuple):
-    """Where an array of a layer went: the stack of its name and rank (scales have a rank less)."""
+    """Where an array of a layer went: the stack of its name, shape and type, as a parameter may be several
+    arrays."""
 
     path: str
-    rank: int
+    shape: tuple[int, ...]
+    item_type: np.dtype
 
 
 class LayerStacks:
@@ -43,7 +45,7 @@ class LayerStacks:
         placed = self._put(path, array, axes)
         if match is None:
             return placed
-        place, layer = StackPlace(stacked_path(path), array.ndim), int(match["layer"])
+        place, layer = StackPlace(stacked_path(path), array.shape, array.dtype), int(match["layer"])
         if isinstance(placed, np.ndarray):
             stack = self._stacks.setdefault(place, np.empty((self._num_layers, *placed.shape), placed.dtype))
             stack[layer] = placed

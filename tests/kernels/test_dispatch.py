@@ -37,11 +37,13 @@ def test_on_a_cpu_xla_has_it():
 
 @NEEDS_JAX_011
 def test_hopper_gets_kernels_of_its_own():
+    from jaxserve.kernels_pallas.int4_matmul import gpu as int4_matmul
     from jaxserve.kernels_pallas.kv_write import gpu as kv_write
     from jaxserve.kernels_pallas.paged_attention import gpu_decode, gpu_prefill
     from jaxserve.kernels_pallas.sampling import gpu as sampling
 
     kernels = choose_kernels(H200)
+    assert kernels.int4_matmul is int4_matmul.int4_matmul
     assert kernels.rope_write is kv_write.rope_write
     assert kernels.paged_decode is gpu_decode.paged_decode
     assert kernels.paged_prefill is gpu_prefill.paged_prefill

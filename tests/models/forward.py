@@ -15,7 +15,9 @@ from jax.sharding import PartitionSpec
 from jaxserve.kernels_pallas.dispatch import XLA_KERNELS
 from jaxserve.kernels_pallas.shards import TENSOR, Shards
 from jaxserve.models.interface import KVLayer, StepBatch
+from jaxserve.models.quant import bind_kernels
 from jaxserve.models.registry import find_family
+from jaxserve.runner.grouping import find_grouping, mark_groups
 from jaxserve.weights.loader import load_params
 from jaxserve.weights.placement import ALONE, Placement
 from jaxserve.weights.resolve import resolve_model
@@ -31,16 +33,19 @@ def load_model(
     family = find_family(files.hf_config)
     cfg = family.Config.from_hf(files.hf_config)
     division = family.divide(cfg, placement.num_devices)
+    specs = family.param_specs(cfg)
+    if quantization == "int4":
+        specs = mark_groups(specs, find_grouping(files, specs).group_sizes)
     params = load_params(
         files,
-        division.cut_specs(family.param_specs(cfg)),
+        division.cut_specs(specs),
         dtype=dtype,
         quantization=quantization,
         on_progress=lambda *_: None,
         put=placement.put,
     )
     kernels = replace(XLA_KERNELS, shards=Shards(placement.num_devices))
-    return family.Model(division.local_cfg, params, kernels)
+    return family.Model(division.local_cfg, bind_kernels(params, kernels), kernels)
 
 
 def compute_logits(

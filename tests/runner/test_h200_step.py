@@ -19,9 +19,11 @@ from flax import nnx
 
 from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
 from jaxserve.models import qwen2
+from jaxserve.models.quant import bind_kernels
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
 from jaxserve.runner.device_state import PoolSize, make_state
+from jaxserve.runner.grouping import group_layers, mark_groups
 from jaxserve.runner.programs import run_step
 from jaxserve.weights.served import describe_params
 from tests.kernels.h200 import CompileReport, compile_for_h200, require_h200_compiler
@@ -30,6 +32,7 @@ CONFIG = Path(__file__).parents[2] / "benchmarks" / "shapes" / "qwen2.5-7b" / "c
 VOCAB_SIZE = 152064
 PAGE_SIZE = 64
 POOL = PoolSize(num_pages=2049, page_size=PAGE_SIZE, num_slots=256, table_width=128)
+WEIGHT_BYTES = {"none": 2, "int8": 1, "fp8": 1, "int4": 0.5}
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "f8e4m3fn": 1}
 
 
@@ -45,14 +48,17 @@ def compile_step(shape: Shape, quantization: str = "none") -> tuple[CompileRepor
         kv_dtype="bfloat16",
         compute_capability="9.0",
     )
-    params = describe_params(qwen2.param_specs(cfg), dtype="bfloat16", quantization=quantization)
-    graphdef, weights = nnx.split(qwen2.Model(cfg, params, choose_kernels(target)))
+    specs = qwen2.param_specs(cfg)
+    specs = mark_groups(specs, group_layers(specs))
+    params = describe_params(specs, dtype="bfloat16", quantization=quantization)
+    kernels = choose_kernels(target)
+    graphdef, weights = nnx.split(qwen2.Model(cfg, bind_kernels(params, kernels), kernels))
     state = jax.eval_shape(partial(make_state, cfg, POOL, jnp.dtype(jnp.bfloat16)))
     packed = jax.ShapeDtypeStruct((packed_size(shape, POOL.table_width),), jnp.int32)
     step = partial(run_step, graphdef, shape, PAGE_SIZE)
     report = compile_for_h200(step, weights, state, packed, donate_argnums=1)
     pool_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.kv))
-    matrix_bytes = cfg.width * cfg.num_heads * cfg.head_dim * (2 if quantization == "none" else 1)
+    matrix_bytes = int(cfg.width * cfg.num_heads * cfg.head_dim * WEIGHT_BYTES[quantization])
     return report, pool_bytes, matrix_bytes
 
 
@@ -68,7 +74,7 @@ def list_copies(hlo: str, least_bytes: int) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("quantization", ["none", "int8", "fp8"])
+@pytest.mark.parametrize("quantization", ["none", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("shape", [Shape(1, 0), Shape(64, 0), Shape(0, 1024)], ids=str)
 def test_a_step_copies_neither_weights_nor_pool(shape, quantization):
     report, pool_bytes, matrix_bytes = compile_step(shape, quantization)
@@ -77,6 +83,15 @@ def test_a_step_copies_neither_weights_nor_pool(shape, quantization):
     assert list_copies(entry, matrix_bytes) == []
     if not shape.num_tokens:  # the logits, twice copied where no row wants them edited or scored
         assert report.temp_bytes < matrix_bytes + 3 * 4 * shape.num_rows * VOCAB_SIZE
+
+
+def test_a_step_multiplies_by_what_is_packed_in_four_bits():
+    """Four products a layer, and no matrix in another type."""
+    report, _, _ = compile_step(Shape(64, 0), "int4")
+    entry = report.hlo[report.hlo.index("\nENTRY") :]
+    assert entry.count("int4_matmul") >= 8
+    assert all(kernel.spill_bytes == kernel.stack_bytes == 0 for kernel in report.kernels)
+    assert not re.search(r"= bf16\[(37888,3584|3584,18944|4608,3584|3584,3584)\]", report.hlo)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # the four bits of a word that hold its 
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -24,34 +22,43 @@ CONFIG: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "float16",
 }
-MATRICES = {
-    "self_attn.q_proj": (64, 64),
-    "self_attn.k_proj": (32, 64),
-    "self_attn.v_proj": (32, 64),
-    "self_attn.o_proj": (64, 64),
-    "mlp.gate_proj": (96, 64),
-    "mlp.up_proj": (96, 64),
-    "mlp.down_proj": (64, 96),
-}
 
 
-def write_packed_model(folder: Path, method: str, *, group_size: int = 32, **settings: Any) -> None:
+def write_packed_model(
+    folder: Path,
+    method: str,
+    *,
+    group_size: int = 32,
+    width: int = 64,
+    mlp_width: int = 96,
+    **settings: Any,
+) -> None:
     """A model whose matrices are random 4-bit values, packed; and in `folder`/plain the same in float32."""
     rng = np.random.default_rng(len(method))
+    config = CONFIG | {"hidden_size": width, "intermediate_size": mlp_width}
+    shapes = {
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (width // 2, width),
+        "self_attn.v_proj": (width // 2, width),
+        "self_attn.o_proj": (width, width),
+        "mlp.gate_proj": (mlp_width, width),
+        "mlp.up_proj": (mlp_width, width),
+        "mlp.down_proj": (width, mlp_width),
+    }
     packed: dict[str, np.ndarray] = {}
     plain: dict[str, np.ndarray] = {}
     for layer in range(CONFIG["num_hidden_layers"]):
-        for name, (num_outputs, num_inputs) in MATRICES.items():
+        for name, shape in shapes.items():
             base = f"model.layers.{layer}.{name}"
-            tensors, w_FD = make_packed_matrix(rng, method, num_outputs, num_inputs, group_size, **settings)
+            tensors, w_FD = make_packed_matrix(rng, method, *shape, group_size, **settings)
             packed |= {f"{base}.{part}": tensor for part, tensor in tensors.items()}
             plain[f"{base}.weight"] = w_FD
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            plain[f"model.layers.{layer}.{norm}.weight"] = np.ones(64, np.float32)
-    plain["model.norm.weight"] = np.ones(64, np.float32)
+            plain[f"model.layers.{layer}.{norm}.weight"] = np.ones(width, np.float32)
+    plain["model.norm.weight"] = np.ones(width, np.float32)
     for name in ("model.embed_tokens", "lm_head"):
         plain[f"{name}.weight"] = (
-            rng.standard_normal((72, 64), np.float32).astype(np.float16).astype(np.float32)
+            rng.standard_normal((72, width), np.float32).astype(np.float16).astype(np.float32)
         )
     others = {
         name: x.astype(np.float16)
@@ -59,8 +66,8 @@ def write_packed_model(folder: Path, method: str, *, group_size: int = 32, **set
         if f"{name.removesuffix('.weight')}.qweight" not in packed
     }
     quantization = {"quant_method": method, "bits": 4, "group_size": group_size, **settings}
-    _write(folder, {**CONFIG, "quantization_config": quantization}, packed | others)
-    _write(folder / "plain", CONFIG, plain)
+    _write(folder, {**config, "quantization_config": quantization}, packed | others)
+    _write(folder / "plain", config, plain)
 
 
 def make_packed_matrix(
@@ -78,7 +85,7 @@ def make_packed_matrix(
     num_groups = 1 if group_size < 0 else num_inputs // group_size
     q_DF = rng.integers(0, 16, (num_inputs, num_outputs))
     zero_GF = rng.integers(1, 16, (num_groups, num_outputs))
-    scale_GF = rng.uniform(0.01, 0.03, (num_groups, num_outputs)).astype(np.float16)
+    scale_GF = (rng.uniform(0.6, 2, (num_groups, num_outputs)) / num_inputs).astype(np.float16)
     group_D = np.arange(num_inputs) * num_groups // num_inputs
     if desc_act:
         group_D = rng.permutation(group_D)
@@ -97,10 +104,8 @@ def make_packed_matrix(
 
 def pack_columns(values: np.ndarray, nibbles: tuple[int, ...]) -> np.ndarray:
     """Eight columns of 4-bit values to one of int32; column i of a word goes to its nibble `nibbles[i]`."""
-    words = np.zeros((values.shape[0], values.shape[1] // 8), np.int64)
-    for row, column in np.ndindex(values.shape):
-        words[row, column // 8] |= int(values[row, column]) << (4 * nibbles[column % 8])
-    return words.astype(np.uint32).view(np.int32)
+    words = sum(values[:, i::8].astype(np.int64) << (4 * nibbles[i]) for i in range(8))
+    return np.asarray(words).astype(np.uint32).view(np.int32)
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
