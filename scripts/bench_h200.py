@@ -64,7 +64,8 @@ PARTS = [
         question="are the kernels right",
         limit_s=120,
         commands=tuple(
-            f"check_kernels.py --groups {group}" for group in ("decode", "prefill", "'rope write' sampling")
+            f"check_kernels.py --groups {group}"
+            for group in ("decode", "prefill", "'rope write' sampling int4")
         ),
         dry=("check_kernels.py --form xla --first 2 --groups decode 'rope write'",),
         columns=("kernel", "case", "error", "tolerance", "right"),
@@ -83,6 +84,16 @@ PARTS = [
         limit_s=200,
         commands=(f"bench_step.py --model-path {SHAPE_7B} --rows 1 64 256 8 --prefill 8192 1024 32768",),
         dry=(f"bench_step.py {TINY_STEP} --context 70 --prefill 64",),
+        columns=("shape", "step_ms", "launch_ms", "tokens_per_s", "copy_share", "matmul_share", "compile_s"),
+    ),
+    Part(
+        name="int4",
+        question="and with its matrices in 4 bits",
+        limit_s=120,
+        commands=(
+            f"bench_step.py --model-path {SHAPE_7B} --quantization int4 --rows 1 64 8 256 --prefill 2048",
+        ),
+        dry=(),  # the tiny model is too narrow
         columns=("shape", "step_ms", "launch_ms", "tokens_per_s", "copy_share", "matmul_share", "compile_s"),
     ),
     Part(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_kernels import find_form
 
-from tests.kernels import cases_decode, cases_prefill, cases_sampling
+from tests.kernels import cases_decode, cases_int4, cases_prefill, cases_sampling
 from tests.kernels.cases import Heads, store
 
 # Of numbers near 1: operands and probabilities are rounded to bf16, or to float16 where the pool is fp8.
@@ -112,6 +112,14 @@ def check_sampling(form: Callable) -> Iterator[Check]:
         yield f"{len(rows)} rows of {vocab_size}", float(is_wrong.mean()), 0.0
 
 
+def check_int4(form: Callable) -> Iterator[Check]:
+    """Of the largest result. XLA's form rounds the weights to bf16 first."""
+    for case in cases_int4.CASES:
+        (w, w_FD), x_TD = cases_int4.make_matrix(case), cases_int4.make_tokens(case)
+        want_TF = np.asarray(x_TD).astype(np.float64) @ w_FD.T
+        yield case.name, measure_error(jax.jit(form)(x_TD, w), want_TF) / np.abs(want_TF).max(), 4e-3
+
+
 def measure_error(got: Any, want: Any) -> float:
     """The largest difference; not a number where a number is missing."""
     got, want = (np.asarray(x).astype(np.float64) for x in (got, want))
@@ -123,6 +131,7 @@ CHECKS = {
     "prefill": check_prefill,
     "rope write": check_rope_write,
     "sampling": check_sampling,
+    "int4": check_int4,
 }
 
 

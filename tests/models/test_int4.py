@@ -37,7 +37,9 @@ def test_logits_are_those_of_the_unpacked_checkpoint(folder, num_devices):
     assert relative_error(logits, expected) < 1.25 * relative_error(in_bf16, expected)
 
 
-def test_greedy_tokens_are_those_of_the_unpacked_checkpoint(folder):
+def test_greedy_tokens_are_those_of_the_unpacked_checkpoint(tmp_path):
+    write_packed_model(tmp_path, "awq", group_size=128, width=256, mlp_width=512)
+
     async def generate(path, **flags):
         settings = {"page_size": 8, "max_running_requests": 2, "max_total_tokens": 256, **flags}
         async with start_engine(str(path), **settings) as engine:
@@ -45,8 +47,8 @@ def test_greedy_tokens_are_those_of_the_unpacked_checkpoint(folder):
             return token_ids(deltas), engine.client.stats.param_bytes
 
     async def scenario():
-        packed = await generate(folder, quantization="int4")
-        plain = await generate(folder / "plain")
+        packed = await generate(tmp_path, quantization="int4")
+        plain = await generate(tmp_path / "plain")
         return packed, plain
 
     (ids, num_bytes), (expected, plain_bytes) = asyncio.run(asyncio.wait_for(scenario(), 300))
