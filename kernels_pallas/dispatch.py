@@ -21,8 +21,14 @@ from jaxserve.kernels_pallas.paged_attention import ref as paged_attention_ref
 from jaxserve.kernels_pallas.paged_attention.decode_plan import find_decode_limit
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import find_prefill_limit
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import ANOTHER_CHIP, CHIPS, find_limit
+from jaxserve.kernels_pallas.row_blocks import BLOCK_ROWS
 from jaxserve.kernels_pallas.sampling import ref as sampling_ref
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
+
+# Rows that a TPU takes at a time, whose code grows with them; 8 are one tile. Drawing is done for more, since
+# devices that share the vocabulary wait for each other in every block.
+TPU_BLOCK_ROWS = 8
+TPU_DRAWN_ROWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +47,7 @@ class KernelSet:
     shards: Shards = ONE_DEVICE
     make_kv: Callable = make_layer
     int4_matmul: Callable = int4_matmul_ref.int4_matmul
+    block_rows: int = BLOCK_ROWS  # that logits are edited and scored for at a time
 
     @property
     def reads_int4(self) -> bool:
@@ -77,7 +84,9 @@ def choose_kernels(target: KernelTarget) -> KernelSet:
     if target.num_devices == 1:
         return kernels
     shards = Shards(target.num_devices)
-    return replace(kernels, shards=shards, choose_tokens=partial(sampling_ref.choose_tokens, shards=shards))
+    block_rows = TPU_DRAWN_ROWS if target.platform == "tpu" else BLOCK_ROWS
+    choose_tokens = partial(sampling_ref.choose_tokens, shards=shards, block_rows=block_rows)
+    return replace(kernels, shards=shards, choose_tokens=choose_tokens)
 
 
 def _choose_for_one(target: KernelTarget) -> KernelSet:
@@ -135,8 +144,9 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
         rope_write=rope_write,
         paged_decode=partial(paged_decode, chip=chip),
         paged_prefill=partial(paged_prefill, chip=chip),
-        choose_tokens=XLA_KERNELS.choose_tokens,
+        choose_tokens=partial(sampling_ref.choose_tokens, block_rows=TPU_DRAWN_ROWS),
         make_kv=make_pages,
+        block_rows=TPU_BLOCK_ROWS,
     )
 
 

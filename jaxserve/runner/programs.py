@@ -77,32 +77,28 @@ def run_step(
     x_TD, kv = model(step.batch, state.kv)
     shards, vocab_size = model.kernels.shards, model.cfg.vocab_size
 
-    def compute_all_logits(x_BD: jax.Array) -> jax.Array:
-        return shards.join(model.compute_logits(x_BD))[:, :vocab_size]
+    def compute_logits(x_BD: jax.Array) -> jax.Array:
+        return hide_padding(model.compute_logits(x_BD), shards, vocab_size)
 
     x_BD = x_TD[step.batch.sample_token_B]
-    logits_BV = hide_padding(model.compute_logits(x_BD), shards, vocab_size)
-    logits_BV = edit_logits(logits_BV, step.rows, step.slot_B, state.edits_XV, state.bias_XV)
-    token_B = sample(logits_BV, step.rows, model.kernels.choose_tokens)
+    rows, slot_B, block_rows = step.rows, step.slot_B, model.kernels.block_rows
+    logits_BV = compute_logits(x_BD)
+    logits_BV = edit_logits(logits_BV, rows, slot_B, state.edits_XV, state.bias_XV, block_rows)
+    token_B = sample(logits_BV, rows, model.kernels.choose_tokens)
+    watched_XM = state.watched_XM
     score_BZ = score_sampled(
-        x_BD,
-        compute_all_logits,
-        lambda: shards.join(logits_BV)[:, :vocab_size],
-        token_B,
-        step.rows,
-        step.slot_B,
-        state.watched_XM,
+        x_BD, compute_logits, logits_BV, token_B, rows, slot_B, watched_XM, shards, block_rows
     )
     score_QZ = None
     if step.places is not None:
-        score_QZ = score_prompts(x_TD, compute_all_logits, step.places, state.watched_XM)
+        score_QZ = score_prompts(x_TD, compute_logits, step.places, watched_XM, shards, block_rows)
     fed_B = jnp.maximum(token_B, 0)  # a row without a token ends its sequence; a stale row may still follow
     own_B = shards.find_own(fed_B, logits_BV.shape[1])
     new_state = DeviceState(
         kv=kv,
-        last_token_X=state.last_token_X.at[step.slot_B].set(fed_B),
+        last_token_X=state.last_token_X.at[slot_B].set(fed_B),
         table_XW=step.batch.table_XW,
-        edits_XV=state.edits_XV.at[step.slot_B, own_B].add(1, mode="drop"),
+        edits_XV=state.edits_XV.at[slot_B, own_B].add(1, mode="drop"),
         bias_XV=state.bias_XV,
         watched_XM=state.watched_XM,
     )

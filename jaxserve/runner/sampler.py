@@ -1,7 +1,7 @@
 """Sampling on the device: from the logits of a step's rows to one token a row.
 
 Called inside the step program. Complete: temperature, top-k, top-p, min-p, the three penalties, logit
-bias, minimum length and a seed a row. Work that no row of the batch asks for is skipped (`lax.cond`).
+bias, minimum length and a seed a row. Work that no row of the batch asks for is skipped.
 The choice itself is a kernel (kernels_pallas/sampling); what comes before and after it is here.
 
 A row's randomness is keyed by (its seed, the position of the token), so a seed reproduces its text
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.kernels_pallas.row_blocks import BLOCK_ROWS, Take, update_rows
 from jaxserve.kernels_pallas.sampling import ref as sampling_ref
 from jaxserve.kernels_pallas.shards import Shards
 from jaxserve.scheduler.plan import NO_TOKEN
@@ -83,14 +84,21 @@ def hide_padding(logits_BV: jax.Array, shards: Shards, vocab_size: int) -> jax.A
 
 
 def edit_logits(
-    logits_BV: jax.Array, rows: RowParams, slot_B: jax.Array, edits_XV: jax.Array, bias_XV: jax.Array
+    logits_BV: jax.Array,
+    rows: RowParams,
+    slot_B: jax.Array,
+    edits_XV: jax.Array,
+    bias_XV: jax.Array,
+    block_rows: int = BLOCK_ROWS,
 ) -> jax.Array:
     """The float32 logits that are sampled from: those of rows with extras edited, the others as they are."""
-    return jax.lax.cond(
-        jnp.any(rows.has_extras > 0),
-        lambda: _edit_rows(logits_BV, rows, edits_XV[slot_B], bias_XV[slot_B]),
-        lambda: logits_BV,
-    )
+
+    def edit(take: Take, has_extras_B: jax.Array, logits_BV: jax.Array) -> jax.Array:
+        taken = RowParams(*map(take, rows))
+        slots = take(slot_B)
+        return _edit_rows(logits_BV, has_extras_B, taken, edits_XV[slots], bias_XV[slots])
+
+    return update_rows(edit, rows.has_extras > 0, logits_BV, block_rows)
 
 
 def sample(
@@ -107,7 +115,9 @@ def sample(
     return jnp.where(jnp.isfinite(largest_B), token_B, NO_TOKEN)
 
 
-def _edit_rows(logits_BV: jax.Array, rows: RowParams, edits_BV: jax.Array, bias_BV: jax.Array) -> jax.Array:
+def _edit_rows(
+    logits_BV: jax.Array, has_extras_B: jax.Array, rows: RowParams, edits_BV: jax.Array, bias_BV: jax.Array
+) -> jax.Array:
     """Repetition, frequency and presence penalties, bias, stop ids before the minimum length.
 
     Repetition (Keskar et al. 2019) looks at prompt and output, the other two (OpenAI) at output only.
@@ -122,5 +132,5 @@ def _edit_rows(logits_BV: jax.Array, rows: RowParams, edits_BV: jax.Array, bias_
     edited_BV += bias_BV
     too_early_B1 = (rows.position < rows.min_position)[:, None]
     edited_BV = jnp.where(too_early_B1 & ((edits_BV & IS_STOP) > 0), -jnp.inf, edited_BV)
-    is_edited_BV = (rows.has_extras > 0)[:, None] & ~jnp.isnan(logits_BV)  # a NaN is to be noticed
+    is_edited_BV = has_extras_B[:, None] & ~jnp.isnan(logits_BV)  # a NaN is to be noticed
     return jnp.where(is_edited_BV, edited_BV, logits_BV)

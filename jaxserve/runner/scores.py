@@ -25,11 +25,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.kernels_pallas.row_blocks import BLOCK_ROWS, Take, update_rows
+from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 from jaxserve.runner.sampler import RowParams
 from jaxserve.types import MAX_TOP_LOGPROBS, MAX_WATCHED_IDS, ScoreParams, TokenScores
 
 SCORE_WIDTH = 1 + 2 * MAX_TOP_LOGPROBS + MAX_WATCHED_IDS
-BLOCK_ROWS = 32  # prompt rows whose logits exist at a time
+PROMPT_ROWS = 32  # whose logits exist at a time
 GROUP_IDS = 128  # ids that compete as one in the first stage of `find_top`
 
 
@@ -51,37 +53,37 @@ def scoring_temperature(rows: RowParams) -> jax.Array:
 def score_sampled(
     x_BD: jax.Array,
     compute_logits: Callable[[jax.Array], jax.Array],
-    read_edited: Callable[[], jax.Array],
+    edited_BV: jax.Array,
     token_B: jax.Array,
     rows: RowParams,
     slot_B: jax.Array,
     watched_XM: jax.Array,
+    shards: Shards = ONE_DEVICE,
+    block_rows: int = BLOCK_ROWS,
 ) -> jax.Array:
     """The scores of the tokens just sampled, [B, Z]; zeros if no row that samples wants any.
 
     Of the model's own distribution, or for rows that say `is_scaled` of the one after penalties, bias
     and temperature (1 for greedy rows). Padding, and chunks that do not sample, name the trash slot.
 
-    `read_edited` gives the logits that were sampled from, which took the place of the model's own in memory.
+    `edited_BV` are the logits that were sampled from, which took the place of the model's own in memory.
     If a row needs those as they were, they are computed once more: keeping them would cost every step a copy,
-    those that score nothing included.
+    those that score nothing included. Of each of several `shards` they are those of its ids.
     """
 
-    def score() -> jax.Array:
-        edited_BV = read_edited()
-        is_scaled_B = rows.is_scaled > 0
-        is_lost_B = (rows.has_extras > 0) & ~is_scaled_B
-        logits_BV = jax.lax.cond(jnp.any(is_lost_B), lambda: compute_logits(x_BD), lambda: edited_BV)
-        scaled_BV = edited_BV / scoring_temperature(rows)[:, None]
+    def score(take: Take, _: jax.Array, __: jax.Array) -> jax.Array:
+        edited, taken = take(edited_BV), RowParams(*map(take, rows))
+        is_scaled_B = taken.is_scaled > 0
+        is_lost_B = (taken.has_extras > 0) & ~is_scaled_B
+        logits_BV = jax.lax.cond(jnp.any(is_lost_B), lambda: compute_logits(take(x_BD)), lambda: edited)
+        scaled_BV = edited / scoring_temperature(taken)[:, None]
         scored_BV = jnp.where(is_scaled_B[:, None], scaled_BV, logits_BV)
-        return _score_rows(scored_BV, jnp.maximum(token_B, 0), watched_XM[slot_B])
+        return _score_rows(scored_BV, jnp.maximum(take(token_B), 0), watched_XM[take(slot_B)], shards)
 
     trash_slot = watched_XM.shape[0] - 1
-    return jax.lax.cond(
-        jnp.any((rows.wants_scores > 0) & (slot_B != trash_slot)),
-        score,
-        lambda: jnp.zeros((token_B.shape[0], SCORE_WIDTH), jnp.int32),
-    )
+    wants_B = (rows.wants_scores > 0) & (slot_B != trash_slot)
+    zeros_BZ = jnp.zeros((token_B.shape[0], SCORE_WIDTH), jnp.int32)
+    return update_rows(score, wants_B, zeros_BZ, block_rows)
 
 
 def score_prompts(
@@ -89,42 +91,49 @@ def score_prompts(
     compute_logits: Callable[[jax.Array], jax.Array],
     places: ScorePlaces,
     watched_XM: jax.Array,
+    shards: Shards = ONE_DEVICE,
+    block_rows: int = BLOCK_ROWS,
 ) -> jax.Array:
-    """The scores of the chosen rows of prompts, [Q, Z], in blocks: as many as there are rows for, maybe none.
+    """The scores of the chosen rows of prompts, [Q, Z]: as many as there are rows for, maybe none.
 
-    Temperature is all that `is_scaled` means here: penalties count the output, and none of it is there yet.
+    Their logits exist PROMPT_ROWS at a time, as the head is read each time; they are scored `block_rows` at a
+    time. Temperature is all that `is_scaled` means here: penalties count the output, of which there is none.
     """
+
+    def score(take: Take, _: jax.Array, score_BZ: jax.Array) -> jax.Array:
+        logits_BV = compute_logits(x_TD[jnp.maximum(take(places.token_Q), 0)])
+        logits_BV = logits_BV / take(places.temperature_Q)[:, None]
+        target_B, watched_BM = take(places.target_Q), watched_XM[take(places.slot_Q)]
+
+        def score_block(take: Take, _: jax.Array, __: jax.Array) -> jax.Array:
+            return _score_rows(take(logits_BV), take(target_B), take(watched_BM), shards)
+
+        return update_rows(score_block, jnp.ones_like(target_B, bool), score_BZ, block_rows)
+
     num_places = places.token_Q.shape[0]
-    block_rows = min(BLOCK_ROWS, num_places)
-
-    def score_block(block: jax.Array, score_QZ: jax.Array) -> jax.Array:
-        # Where the last block would stick out, slices begin earlier: some rows are scored twice, alike.
-        start = jnp.minimum(block * block_rows, num_places - block_rows)
-        token_B, target_B, slot_B, temperature_B = (
-            jax.lax.dynamic_slice_in_dim(x_Q, start, block_rows)
-            for x_Q in (places.token_Q, places.target_Q, places.slot_Q, places.temperature_Q)
-        )
-        logits_BV = compute_logits(x_TD[jnp.maximum(token_B, 0)]) / temperature_B[:, None]
-        score_BZ = _score_rows(logits_BV, target_B, watched_XM[slot_B])
-        return jax.lax.dynamic_update_slice_in_dim(score_QZ, score_BZ, start, axis=0)
-
+    is_scored_Q = jnp.arange(num_places) < places.count
     zeros_QZ = jnp.zeros((num_places, SCORE_WIDTH), jnp.int32)
-    if num_places <= BLOCK_ROWS:
-        # A loop whose only turn is always the same: XLA would move its work in front of it, into every step.
-        return jax.lax.cond(places.count > 0, lambda: score_block(jnp.int32(0), zeros_QZ), lambda: zeros_QZ)
-    num_blocks = (places.count + block_rows - 1) // block_rows
-    return jax.lax.fori_loop(0, num_blocks, score_block, zeros_QZ)
+    return update_rows(score, is_scored_Q, zeros_QZ, PROMPT_ROWS)
 
 
-def _score_rows(logits_BV: jax.Array, target_B: jax.Array, watched_BM: jax.Array) -> jax.Array:
-    largest_B1 = jnp.max(logits_BV, axis=1, keepdims=True)  # NaN if any is
+def _score_rows(
+    logits_BV: jax.Array, target_B: jax.Array, watched_BM: jax.Array, shards: Shards
+) -> jax.Array:
+    """Of each of several devices' ids its own: they exchange maxima, sums and the best of each."""
+    num_own = logits_BV.shape[1]
+    largest_B1 = shards.find_largest(jnp.max(logits_BV, axis=1, keepdims=True))  # NaN if any is
     weight_BUI = _group(jnp.exp(logits_BV - largest_B1), 0.0)
-    # Summed in two stages: one float32 sum over a large vocabulary loses digits.
-    log_sum_B1 = jnp.log(jnp.sum(jnp.sum(weight_BUI, axis=2), axis=1, keepdims=True)) + largest_B1
-    log_sum_B1 = jnp.where(jnp.isfinite(largest_B1), log_sum_B1, jnp.nan)
+    # Summed in stages: one float32 sum over a large vocabulary loses digits.
+    sum_B1 = shards.add(jnp.sum(jnp.sum(weight_BUI, axis=2), axis=1, keepdims=True))
+    log_sum_B1 = jnp.where(jnp.isfinite(largest_B1), jnp.log(sum_B1) + largest_B1, jnp.nan)
     top_BJ, top_id_BJ = find_top(logits_BV, MAX_TOP_LOGPROBS)
-    chosen_id_BE = jnp.concatenate([target_B[:, None], watched_BM], axis=1)
-    chosen_BE = jnp.take_along_axis(logits_BV, chosen_id_BE, axis=1, mode="clip") - log_sum_B1
+    if shards.num_devices > 1:
+        top_BJ, top_id_BJ = shards.join(top_BJ), shards.join(top_id_BJ + shards.find_first(num_own))
+        top_BJ, place_BJ = jax.lax.top_k(top_BJ, MAX_TOP_LOGPROBS)  # the lowest place is the lowest id
+        top_id_BJ = jnp.take_along_axis(top_id_BJ, place_BJ, axis=1)
+    id_BE = shards.find_own(jnp.concatenate([target_B[:, None], watched_BM], axis=1), num_own)
+    chosen_BE = jnp.take_along_axis(logits_BV, id_BE, axis=1, mode="fill", fill_value=-jnp.inf)
+    chosen_BE = shards.find_largest(chosen_BE) - log_sum_B1
     parts = [_bits(chosen_BE[:, :1]), top_id_BJ, _bits(top_BJ - log_sum_B1), _bits(chosen_BE[:, 1:])]
     return jnp.concatenate(parts, axis=1)
 

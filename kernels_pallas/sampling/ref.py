@@ -2,9 +2,9 @@
 
 Temperature, top-k, top-p, min-p, then Gumbel-max over what is kept. There is no sort of the vocabulary:
 thresholds are found by bisection on the bits of the floats, among the likely tokens if they lie there. Work
-that no row of the batch asks for is skipped (`lax.cond`), and noise is drawn only for tokens that it could
-bring to the top. A row's randomness is keyed by (its seed, the position of the token), a token's by its id
-beside. Penalties, bias and what a row of bad logits means are the caller's.
+that no row asks for is skipped, and noise is drawn only for tokens that it could bring to the top. A row's
+randomness is keyed by (its seed, the position of the token), a token's by its id beside. Penalties, bias and
+what a row of bad logits means are the caller's.
 
 B rows, V tokens of the vocabulary, C likely ones; N blocks of W tokens, J of them likely, E at a time.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxserve.kernels_pallas.row_blocks import BLOCK_ROWS, Take, update_rows
 from jaxserve.kernels_pallas.sampling.noise import LARGEST_NOISE, gumbel, row_keys
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 
@@ -32,6 +33,7 @@ def choose_tokens(
     position_B: jax.Array,
     *,
     shards: Shards = ONE_DEVICE,
+    block_rows: int = BLOCK_ROWS,
 ) -> tuple[jax.Array, jax.Array]:
     """The token ids, int32 [B], and the largest logit of each row, which is NaN if any of its logits is.
 
@@ -43,18 +45,19 @@ def choose_tokens(
     Each of several `shards` has some of the vocabulary and gets the tokens of all of it: what one device
     would choose, but for the rounding of top-p's sums. They exchange the best token of each; where a row asks
     for top-k or top-p their likely tokens, and if it must look further a number a pass of the bisection.
+    Rows are drawn for `block_rows` at a time.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     largest_B, greedy_B = _find_largest(logits_BV)
     largest_B, greedy_B = _agree(largest_B, greedy_B + shards.find_first(logits_BV.shape[1]), shards)
-    is_greedy_B = temperature_B == 0
 
-    def draw() -> jax.Array:
-        kept_BV = _keep_likely(logits_BV, temperature_B, top_k_B, top_p_B, min_p_B, shards)
-        drawn_B = _draw_tokens(kept_BV, greedy_B, row_keys(seed_B, position_B), ~is_greedy_B, shards)
-        return jnp.where(is_greedy_B, greedy_B, drawn_B)
+    def draw(take: Take, is_drawn_B: jax.Array, greedy_B: jax.Array) -> jax.Array:
+        temperature, top_k, top_p, min_p = map(take, (temperature_B, top_k_B, top_p_B, min_p_B))
+        kept_BV = _keep_likely(take(logits_BV), is_drawn_B, temperature, top_k, top_p, min_p, shards)
+        keys_B2 = row_keys(take(seed_B), take(position_B))
+        return jnp.where(is_drawn_B, _draw_tokens(kept_BV, greedy_B, keys_B2, is_drawn_B, shards), greedy_B)
 
-    return jax.lax.cond(jnp.all(is_greedy_B), lambda: greedy_B, draw), largest_B
+    return update_rows(draw, temperature_B > 0, greedy_B, block_rows), largest_B
 
 
 def _draw_tokens(
@@ -99,6 +102,7 @@ def _draw_tokens(
 
 def _keep_likely(
     logits_BV: jax.Array,
+    is_drawn_B: jax.Array,
     temperature_B: jax.Array,
     top_k_B: jax.Array,
     top_p_B: jax.Array,
@@ -106,7 +110,6 @@ def _keep_likely(
     shards: Shards,
 ) -> jax.Array:
     """The scaled logits, 0 at their largest, and -inf where cut: top-k, top-p of what remains, then min-p."""
-    is_drawn_B = temperature_B > 0
     scaled_BV = logits_BV / jnp.where(is_drawn_B, temperature_B, 1.0)[:, None]
     scaled_BV = scaled_BV - shards.find_largest(jnp.max(scaled_BV, axis=-1, keepdims=True))
     top_k_B, top_p_B = jnp.where(is_drawn_B, top_k_B, 0), jnp.where(is_drawn_B, top_p_B, 1.0)
