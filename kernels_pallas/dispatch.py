@@ -47,6 +47,7 @@ class KernelSet:
     shards: Shards = ONE_DEVICE
     make_kv: Callable = make_layer
     int4_matmul: Callable = int4_matmul_ref.int4_matmul
+    list_step_work: Callable | None = None  # of attention, for all layers at once; None where there is no use
     block_rows: int = BLOCK_ROWS  # that logits are edited and scored for at a time
 
     @property
@@ -134,6 +135,7 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
     from jaxserve.kernels_pallas.kv_write.tpu import rope_write
     from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
     from jaxserve.kernels_pallas.paged_attention.tpu_prefill import paged_prefill
+    from jaxserve.kernels_pallas.paged_attention.tpu_step import list_step_work
 
     chip = CHIPS.get(target.device_kind, ANOTHER_CHIP)
     unknown = (
@@ -146,6 +148,7 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
         paged_prefill=partial(paged_prefill, chip=chip),
         choose_tokens=partial(sampling_ref.choose_tokens, block_rows=TPU_DRAWN_ROWS),
         make_kv=make_pages,
+        list_step_work=partial(list_step_work, chip=chip),
         block_rows=TPU_BLOCK_ROWS,
     )
 

@@ -136,6 +136,7 @@ class StepBatch(NamedTuple):
     table_XW: jax.Array  # int32, page ids by slot (X slots)
     sample_token_B: jax.Array  # int32, index in T of the token whose logits row B samples
     images: ImageTokens | None = None  # None in programs that feed no image
+    work: Any = None  # of attention, for kernels that want it listed once for all layers (`list_work`)
 
 
 class ModelConfig(Protocol):

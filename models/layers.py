@@ -100,7 +100,9 @@ def run_layers(
         layer, index = here
         first_page = index * num_pages
         batch_here = batch._replace(
-            table_XW=batch.table_XW + first_page, write_index_T=batch.write_index_T + first_page * page_size
+            table_XW=batch.table_XW + first_page,
+            write_index_T=batch.write_index_T + first_page * page_size,
+            work=batch.work and batch.work.move(first_page),
         )
         return run_layer(layer, *carry, batch_here), None
 
@@ -108,6 +110,23 @@ def run_layers(
     indices_L = jnp.arange(num_layers, dtype=jnp.int32)
     (x_TD, flat_kv), _ = jax.lax.scan(run_next, (x_TD, flat_kv), (layers, indices_L))
     return x_TD, jax.tree.map(lambda pool: pool.reshape(num_layers, num_pages, *pool.shape[1:]), flat_kv)
+
+
+def list_work(kernels: KernelSet, batch: StepBatch, kv: KVPool, num_heads: int) -> StepBatch:
+    """The batch with the work of its attention, where kernels want it: the same for all layers."""
+    if kernels.list_step_work is None:
+        return batch
+    num_rows = batch.decode_slot_R.shape[0]
+    prefill = (batch.chunk_slot_C, batch.chunk_token_C - num_rows, batch.chunk_len_C, batch.chunk_kv_len_C)
+    work = kernels.list_step_work(
+        kv[0] if isinstance(kv, list) else kv,
+        batch.table_XW,
+        (batch.decode_slot_R, batch.decode_kv_len_R),
+        prefill,
+        num_tokens=batch.token_ids_T.shape[0] - num_rows,
+        num_heads=num_heads,
+    )
+    return batch._replace(work=work)
 
 
 def attend(
@@ -124,6 +143,9 @@ def attend(
     qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, kv.head_dim)
     q_TNH, kv = kernels.rope_write(kv, qkv_TAH, *rope, batch.write_index_T, num_heads=num_heads)
     num_rows = batch.decode_slot_R.shape[0]
+    # Kernels that do not want it do not know of it.
+    decode_work = {"work": batch.work.decode} if batch.work is not None else {}
+    prefill_work = {"work": batch.work.prefill} if batch.work is not None else {}
     parts = []
     if num_rows:
         parts.append(
@@ -134,6 +156,7 @@ def attend(
                 batch.decode_slot_R,
                 batch.decode_kv_len_R,
                 scale=scale,
+                **decode_work,
             )
         )
     if batch.chunk_slot_C.shape[0]:
@@ -147,6 +170,7 @@ def attend(
                 batch.chunk_len_C,
                 batch.chunk_kv_len_C,
                 scale=scale,
+                **prefill_work,
             )
         )
     return jnp.concatenate(parts), kv

@@ -19,6 +19,7 @@ from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, Ten
 from jaxserve.models.layers import (
     RopeScaling,
     attend,
+    list_work,
     rms_norm,
     rope_frequencies,
     rope_tables,
@@ -157,6 +158,7 @@ class Model(nnx.Module):
     ) -> tuple[jax.Array, KVPool]:
         """The blocks, on embedded tokens and with the rotary tables of any family that shares them."""
         cfg, shards = self.cfg, self.kernels.shards
+        batch = list_work(self.kernels, batch, kv, cfg.num_heads)
         graphdef, _ = nnx.split(self.layers[0])
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.

@@ -40,6 +40,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     VMEM_LIMIT_BYTES,
     Blocks,
     Chip,
+    Work,
     choose_decode_blocks,
     list_tiles,
     pad_sublanes,
@@ -103,17 +104,19 @@ def paged_decode(
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
     tokens_per_row: int = 1,
+    work: Work | None = None,
     chip: Chip = ANOTHER_CHIP,
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """`ref.paged_decode` of a pool of KVPages: [R, N, H] float32.
 
-    Queries and probabilities are rounded to bf16. `chip` is what sizes are chosen for, `blocks` are sizes
-    for tests and for tuning; `interpret` takes what `pallas_call` does.
+    Queries and probabilities are rounded to bf16. `work` is what `list_decode_work` gives for the same
+    arguments, if the caller has it already. `chip` is what sizes are chosen for, `blocks` are sizes for tests
+    and for tuning; `interpret` takes what `pallas_call` does.
     """
     layout, page_size = kv.layout, kv.words_PSJL.shape[1]
-    num_rows, num_heads = q_RNH.shape[0] // tokens_per_row, q_RNH.shape[1]
+    num_heads = q_RNH.shape[1]
     shape = DecodeShape(
         stream=StreamShape(
             layout=layout,
@@ -124,22 +127,38 @@ def paged_decode(
         window=window,
         soft_cap=soft_cap,
     )
+    if work is None:
+        rows = (table_XW, slot_R, kv_len_R)
+        work = list_decode_work(*rows, tokens_per_row=tokens_per_row, window=window, blocks=shape.blocks)
+    q_TUYAL = to_units(q_RNH * jnp.asarray(scale, q_RNH.dtype), layout)
+    operands = (_gather_rows(q_TUYAL, shape), _spread_sinks(sinks_N, shape), work.table_C1W)
+    out_RUAML = _launch(shape, work.tiles, *operands, kv, interpret)
+    out_TUYAL = _scatter_rows(out_RUAML, shape)
+    out_RNH = from_units(out_TUYAL, num_heads, layout)
+    return jnp.where((kv_len_R > 0)[:, None, None], out_RNH, 0.0)
+
+
+def list_decode_work(
+    table_XW: jax.Array,
+    slot_R: jax.Array,
+    kv_len_R: jax.Array,
+    *,
+    tokens_per_row: int = 1,
+    window: int | None = None,
+    blocks: Blocks,
+) -> Work:
+    """Which blocks of which pages the rows attend to: no layer changes it but by where its pages begin."""
+    num_rows = len(slot_R) // tokens_per_row
     kv_len_RQ = kv_len_R.reshape(num_rows, tokens_per_row)
     tiles = list_tiles(
         jnp.arange(num_rows, dtype=jnp.int32) * tokens_per_row,
         jnp.sum(kv_len_RQ > 0, axis=1, dtype=jnp.int32),
         jnp.max(kv_len_RQ, axis=1),
         max_tiles=num_rows,
-        blocks=shape.blocks,
+        blocks=blocks,
         window=window,
     )
-    table_R1W = pad_table(table_XW[slot_R[::tokens_per_row]])
-    q_TUYAL = to_units(q_RNH * jnp.asarray(scale, q_RNH.dtype), layout)
-    operands = (_gather_rows(q_TUYAL, shape), _spread_sinks(sinks_N, shape), table_R1W)
-    out_RUAML = _launch(shape, tiles, *operands, kv, interpret)
-    out_TUYAL = _scatter_rows(out_RUAML, shape)
-    out_RNH = from_units(out_TUYAL, num_heads, layout)
-    return jnp.where((kv_len_R > 0)[:, None, None], out_RNH, 0.0)
+    return Work(tiles, pad_table(table_XW[slot_R[::tokens_per_row]]))
 
 
 def _gather_rows(q_TUYAL: jax.Array, shape: DecodeShape) -> jax.Array:

@@ -134,6 +134,25 @@ class TileList(NamedTuple):
     cores_2C: jax.Array
 
 
+class Work(NamedTuple):
+    """What a launch walks: tiles, and the block tables of their runs."""
+
+    tiles: TileList
+    table_C1W: jax.Array
+
+
+class StepWork(NamedTuple):
+    """The work of a step's launches, which is that of every layer; None for what the step has not."""
+
+    decode: Work | None
+    prefill: Work | None
+
+    def move(self, num_pages: jax.Array) -> StepWork:
+        """The same on pages so many further on."""
+        moved = (w and w._replace(table_C1W=w.table_C1W + num_pages) for w in self)
+        return StepWork(*moved)
+
+
 def list_tiles(
     token_C: jax.Array,
     len_C: jax.Array,

@@ -43,6 +43,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     VMEM_LIMIT_BYTES,
     Blocks,
     Chip,
+    Work,
     choose_prefill_blocks,
     list_tiles,
     pad_sublanes,
@@ -109,46 +110,65 @@ def paged_prefill(
     window: int | None = None,
     soft_cap: float | None = None,
     sinks_N: jax.Array | None = None,
+    work: Work | None = None,
     chip: Chip = ANOTHER_CHIP,
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """`ref.paged_prefill` of a pool of KVPages: [T, N, H] float32.
 
-    Queries and probabilities are rounded to bf16. `chip` is what sizes are chosen for, `blocks` are sizes
-    for tests and for tuning; `interpret` takes what `pallas_call` does.
+    Queries and probabilities are rounded to bf16. `work` is what `list_prefill_work` gives for the same
+    arguments, if the caller has it already. `chip` is what sizes are chosen for, `blocks` are sizes for tests
+    and for tuning; `interpret` takes what `pallas_call` does.
     """
     layout, page_size = kv.layout, kv.words_PSJL.shape[1]
     num_tokens, num_heads = q_TNH.shape[:2]
     heads_per_unit = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
     if blocks is None:
-        rows_per_token = pad_sublanes(layout.num_chunks * heads_per_unit)
-        blocks = choose_prefill_blocks(layout, page_size, num_tokens, rows_per_token, chip)
+        blocks = choose_blocks(layout, page_size, num_tokens, num_heads, chip)
     shape = PrefillShape(
         stream=StreamShape(layout=layout, blocks=blocks, page_size=page_size),
         heads_per_unit=heads_per_unit,
         window=window,
         soft_cap=soft_cap,
     )
-    tiles = list_tiles(
-        token_C,
-        len_C,
-        kv_len_C,
-        max_tiles=num_tokens // blocks.tile_tokens + len(len_C),
-        blocks=blocks,
-        window=window,
-    )
+    if work is None:
+        chunks = (table_XW, slot_C, token_C, len_C, kv_len_C)
+        work = list_prefill_work(*chunks, num_tokens=num_tokens, window=window, blocks=blocks)
     q_TUYAL = to_units(q_TNH * jnp.asarray(scale, q_TNH.dtype), layout)
     q_ZL = _list_rows(q_TUYAL, shape)
-    out_ZL = _launch(
-        shape, tiles, q_ZL, _spread_sinks(sinks_N, shape), pad_table(table_XW[slot_C]), kv, interpret
-    )
+    sinks_UY1L = _spread_sinks(sinks_N, shape)
+    out_ZL = _launch(shape, work.tiles, q_ZL, sinks_UY1L, work.table_C1W, kv, interpret)
     out_TYL = out_ZL.reshape(-1, shape.token_rows, LANES)[:num_tokens]
     out_TUYAL = out_TYL[:, : layout.num_chunks * heads_per_unit].reshape(q_TUYAL.shape)
     out_TNH = from_units(out_TUYAL, num_heads, layout)
     token_T1 = jnp.arange(num_tokens)[:, None]
     is_live_T = jnp.any((token_T1 >= token_C) & (token_T1 < token_C + len_C), axis=1)
     return jnp.where(is_live_T[:, None, None], out_TNH, 0.0)
+
+
+def choose_blocks(layout: PagesLayout, page_size: int, num_tokens: int, num_heads: int, chip: Chip) -> Blocks:
+    """Of a prefill of so many tokens."""
+    heads_per_unit = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
+    rows_per_token = pad_sublanes(layout.num_chunks * heads_per_unit)
+    return choose_prefill_blocks(layout, page_size, num_tokens, rows_per_token, chip)
+
+
+def list_prefill_work(
+    table_XW: jax.Array,
+    slot_C: jax.Array,
+    token_C: jax.Array,
+    len_C: jax.Array,
+    kv_len_C: jax.Array,
+    *,
+    num_tokens: int,
+    window: int | None = None,
+    blocks: Blocks,
+) -> Work:
+    """Which blocks of which pages the chunks attend to: no layer changes it but by where its pages begin."""
+    max_tiles = num_tokens // blocks.tile_tokens + len(len_C)
+    tiles = list_tiles(token_C, len_C, kv_len_C, max_tiles=max_tiles, blocks=blocks, window=window)
+    return Work(tiles, pad_table(table_XW[slot_C]))
 
 
 def _list_rows(q_TUYAL: jax.Array, shape: PrefillShape) -> jax.Array:

@@ -35,7 +35,7 @@ def test_a_block_in_which_nobody_asks_is_left_alone():
         jax.debug.callback(lambda rows: visited.append(rows.tolist()), take(jnp.arange(7)))
         return out_b
 
-    asks = np.array([False, False, True, False, False, False, False])
-    jax.block_until_ready(jax.jit(lambda out_B: update_rows(run_block, asks, out_B, 2))(np.zeros(7)))
+    asks_B = jnp.asarray([False, False, True, False, False, False, False])
+    jax.block_until_ready(jax.jit(lambda out_B: update_rows(run_block, asks_B, out_B, 2))(np.zeros(7)))
     jax.effects_barrier()
     assert visited == [[2, 3]]
