@@ -86,11 +86,18 @@ def count_sequences(blueprint: Blueprint, context: int) -> int:
 
 
 def _bound_sums(traffic: Traffic, tp_size: int, where: Slice) -> float:
-    """A sum sends twice (n - 1) / n of its bytes over all links of a device, and crosses the grid twice."""
+    """A sum sends twice (n - 1) / n of its bytes over the links of a device, and crosses the grid twice.
+
+    Links are those of the device with the fewest: on each axis of the group's grid one, or two where it is a
+    ring.
+    """
     if tp_size == 1:
         return 0.0
+    chip, num_links, hops = where.chip, 1, 1
+    if not chip.is_switched:
+        axes = [(n, dim) for n, dim in zip(where.find_group(tp_size), where.dims, strict=True) if n > 1]
+        rings = [n == dim and chip.wraps(dim, where.dims) for n, dim in axes]
+        num_links = max(1, sum(2 if is_ring else 1 for is_ring in rings))
+        hops = max(1, sum(n // 2 if ring else n - 1 for (n, _), ring in zip(axes, rings, strict=True)))
     sent_bytes = 2 * (tp_size - 1) / tp_size * traffic.sum_bytes
-    # The farthest device of a grid whose axes are rings; behind a switch all are one hop away.
-    num_axes = len(where.dims)
-    hops = 1.0 if where.chip.is_switched else max(1.0, num_axes * tp_size ** (1 / num_axes) / 2)
-    return traffic.num_sums * (sent_bytes / where.chip.link_bytes_per_s + 2 * hops * where.chip.hop_s)
+    return traffic.num_sums * (sent_bytes / (num_links * chip.link_bytes_per_s) + 2 * hops * chip.hop_s)

@@ -12,6 +12,7 @@ from jaxserve.models.interface import ModelConfig, ParamSpec
 from jaxserve.planning.chips import CHIPS, Chip
 
 MAX_DEVICES = 9216  # of the largest slice that is sold
+HOST_AXIS = 2  # the chips of a host are a square
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,16 @@ class Slice:
 
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.dims))}"
+
+    def find_group(self, num_devices: int) -> tuple[int, ...]:
+        """The grid of the first so many devices: those of a host are a square, and hosts follow each other
+        along the first axis."""
+        num_chips = math.ceil(num_devices / self.chip.devices_per_chip)
+        group = [1] * len(self.dims)
+        for place, most in [*enumerate((HOST_AXIS, HOST_AXIS)[: len(group)]), *enumerate(self.dims)]:
+            room = min(most, self.dims[place]) // group[place]
+            group[place] *= max(1, min(room, num_chips // math.prod(group)))
+        return tuple(group)
 
 
 def list_slices(words: Sequence[str]) -> list[Slice]:
