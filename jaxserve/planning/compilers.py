@@ -2,7 +2,7 @@
 
 TPUs: libtpu brings the whole compiler, and jax.experimental.topologies describes a slice to it. H200: the
 CUDA plugin does, from a description of the card. What is read is what a launch there would get: buffers,
-code, collectives. Time is only estimated, and not where loops or kernels are: a loop is counted once.
+code, collectives. Time is only estimated (estimate.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Sing
 
 from jaxserve.blueprint import Blueprint
 from jaxserve.kernels_pallas.shards import Shards
+from jaxserve.planning.chips import Chip
+from jaxserve.planning.estimate import count_cycles, find_largest_copy
 from jaxserve.planning.slices import Slice
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
@@ -51,8 +53,9 @@ class ProgramReport:
     temp_bytes: int
     alias_bytes: int
     state_bytes: int  # of the donated state, as counted from shapes; at least so many must be aliased
+    largest_copy_bytes: int  # of an array that the program only copies
     collectives: dict[str, int]  # a step, by name
-    estimate_s: float | None  # the compiler's, where it has one and nothing loops
+    estimate_s: float | None  # the compiler's, of a TPU's step without its kernels and collectives
     problem: str = ""  # why it did not compile; then the figures are 0
 
 
@@ -111,15 +114,15 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
             lower_step, graphdef, shape, blueprint.pool, placement, params, state, packed, *features
         )
         with _lowering_for(devices[0], placement):
-            reports.append(_compile(shape, lower, count_bytes(state), num_loops))
+            reports.append(_compile(shape, lower, count_bytes(state), num_loops, where.chip))
     if sketch.images is not None:
         vision = cast(Any, nnx.merge(graphdef, params)).vision
-        reports += _compile_encoder(vision, sketch.images, placement, features[0])
+        reports += _compile_encoder(vision, sketch.images, placement, features[0], where.chip)
     return reports
 
 
 def _compile_encoder(
-    vision: Any, sizes: ImageSizes, placement: Placement, features: Any
+    vision: Any, sizes: ImageSizes, placement: Placement, features: Any, chip: Chip
 ) -> list[ProgramReport]:
     """The vision encoder's programs for the largest image."""
     num_patches = sizes.buckets[-1]
@@ -127,21 +130,22 @@ def _compile_encoder(
     programs = [("patches in", lowered.embed, 0)]
     programs += [(f"a block of {len(lowered.blocks)}", block, 0) for block in lowered.distinct_blocks]
     programs.append(("features out", lowered.merge, count_bytes(features)))
+    name = f"image of {num_patches} patches"
     return [
-        _compile(f"image of {num_patches} patches, {name}", lambda program=program: program, state_bytes, 1)
-        for name, program, state_bytes in programs
+        _compile(f"{name}, {part}", lambda program=program: program, state_bytes, 1, chip)
+        for part, program, state_bytes in programs
     ]
 
 
 def _compile(
-    shape: Shape | str, lower: Callable[[], jax.stages.Lowered], state_bytes: int, num_loops: int
+    shape: Shape | str, lower: Callable[[], jax.stages.Lowered], state_bytes: int, num_loops: int, chip: Chip
 ) -> ProgramReport:
     start_s = time.perf_counter()
     try:
         program = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         return _failed(shape, time.perf_counter() - start_s, str(error))
-    return _read_report(shape, time.perf_counter() - start_s, program, state_bytes, num_loops)
+    return _read_report(shape, time.perf_counter() - start_s, program, state_bytes, num_loops, chip)
 
 
 def _lowering_for(device: Any, placement: Placement) -> Any:
@@ -196,11 +200,10 @@ def count_collectives(text: str, num_loops: int) -> dict[str, int]:
 
 
 def _read_report(
-    shape: Shape | str, compile_s: float, program: Any, state_bytes: int, num_loops: int
+    shape: Shape | str, compile_s: float, program: Any, state_bytes: int, num_loops: int, chip: Chip
 ) -> ProgramReport:
-    memory, cost = program.memory_analysis(), program.cost_analysis() or {}
-    text = program.as_text()
-    seconds = -1.0 if " while(" in text else cost.get("optimal_seconds", -1.0)
+    memory, text = program.memory_analysis(), program.as_text()
+    num_cycles = count_cycles(text, num_loops) if chip.estimate_hz else 0
     return ProgramReport(
         shape=shape,
         compile_s=compile_s,
@@ -209,8 +212,9 @@ def _read_report(
         temp_bytes=memory.temp_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         state_bytes=state_bytes,
+        largest_copy_bytes=find_largest_copy(text),
         collectives=count_collectives(text, num_loops),
-        estimate_s=seconds if seconds > 0 else None,
+        estimate_s=num_cycles / chip.estimate_hz if num_cycles else None,
     )
 
 
@@ -223,6 +227,7 @@ def _failed(shape: Shape | str, compile_s: float, message: str) -> ProgramReport
         temp_bytes=0,
         alias_bytes=0,
         state_bytes=0,
+        largest_copy_bytes=0,
         collectives={},
         estimate_s=None,
         problem=message.partition("\n")[0],

@@ -27,8 +27,9 @@ NOTES = (
     "ITL, TTFT and tokens/s are roofline estimates: the least time that bytes, products and sums over "
     "devices can take at the chip's peaks. A server is slower.",
 )
-LOOP_NOTE = (
-    "The compiler's time is its estimate; a dash is where loops make it meaningless: it counts them once."
+COMPILER_NOTE = (
+    "The compiler's time is its estimate of a step in which nobody samples or asks for scores, without the "
+    "kernels and the sums over devices; it has one for TPUs."
 )
 
 
@@ -84,7 +85,7 @@ def describe_plan(
 def list_notes(plans: Sequence[SlicePlan]) -> list[str]:
     notes: list[str] = [*NOTES]
     if any(plan.programs for plan in plans):
-        notes.append(LOOP_NOTE)
+        notes.append(COMPILER_NOTE)
     notes += dict.fromkeys(
         f"Nothing was compiled for {plan.fit.where.chip.name}: {plan.not_compiled}."
         for plan in plans

@@ -1,0 +1,76 @@
+"""The compiler's own estimate of a TPU's step, read from the program that it scheduled.
+
+XLA's TPU compiler writes beside each operation how many cycles it takes it for, memory included. Here they
+are added up as a decode step runs: the loop over layers as often as it turns, and where there is a choice the
+cheaper branch, which is that of a step in which nobody asks for penalties, sampling or scores; other loops
+belong to those. Kernels and sums over devices have no such figure and are not in it: roofline.py has theirs.
+
+Cycles are not the chip's: how many of them are a second says the compiler as well, of one large product
+(`Chip.estimate_hz`; `optimal_seconds` of its cost analysis). Knows no model.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+BRANCHES = re.compile(r" conditional\(.*branch_computations=\{([^}]*)\}")
+BODY = re.compile(r" while\(.*body=(%[\w.-]+)")
+KERNEL = 'custom_call_target="tpu_custom_call"'
+COPY = re.compile(r"= (\w+?)(\d*)\[([\d,]*)\]\S* copy\(")
+
+
+@dataclass(slots=True)
+class _Computation:
+    cycles: int = 0
+    has_kernels: bool = False
+    bodies: list[str] = field(default_factory=list)
+    choices: list[list[str]] = field(default_factory=list)
+
+
+def count_cycles(text: str, num_loops: int) -> int:
+    """Cycles of a step in which nobody asks for anything; 0 for a program that is no TPU's.
+
+    `text` is an optimised program, `num_loops` how often its loop over layers turns: the one with kernels.
+    """
+    found, entry = _read_computations(text)
+
+    def add_up(name: str) -> int:
+        here = found.get(name, _Computation())
+        layers = [body for body in here.bodies if found[body].has_kernels]
+        cheapest = [min(map(add_up, branches)) for branches in here.choices]
+        return here.cycles + sum(cheapest) + sum(num_loops * add_up(body) for body in layers)
+
+    return add_up(entry)
+
+
+def find_largest_copy(text: str) -> int:
+    """Bytes of the largest array that an operation of the program writes only to copy it."""
+    largest = 0
+    for kind, bits, dims in COPY.findall(text):
+        num_bytes = max(int(bits or 8) // 8, 1) if kind != "pred" else 1
+        for dim in dims.split(","):
+            num_bytes *= int(dim or 1)
+        largest = max(largest, num_bytes)
+    return largest
+
+
+def _read_computations(text: str) -> tuple[dict[str, _Computation], str]:
+    found: dict[str, _Computation] = {}
+    here, entry = _Computation(), ""
+    for line in text.splitlines():
+        if line and not line[0].isspace():
+            name = line.removeprefix("ENTRY ").partition(" ")[0]
+            here = found[name] = _Computation()
+            if line.startswith("ENTRY "):
+                entry = name
+            continue
+        if cycles := CYCLES.search(line):
+            here.cycles += int(cycles[1])
+        here.has_kernels |= KERNEL in line
+        if body := BODY.search(line):
+            here.bodies.append(body[1])
+        if branches := BRANCHES.search(line):
+            here.choices.append([name.strip() for name in branches[1].split(",")])
+    return found, entry

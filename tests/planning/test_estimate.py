@@ -1,0 +1,45 @@
+"""What the compiler says of a program's cycles and copies, against a program that is written here."""
+
+from __future__ import annotations
+
+from jaxserve.planning.estimate import count_cycles, find_largest_copy
+
+HLO = """
+%nobody_asks (p: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"5"}}
+}
+
+%somebody_asks (p: f32[8]) -> f32[8] {
+  %b = f32[8]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"700"}}
+}
+
+%bisection (p: f32[8]) -> f32[8] {
+  %c = f32[8]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"3000"}}
+}
+
+%layer (p: f32[8]) -> f32[8] {
+  %d = f32[8]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"20"}}
+  %copy.1 = bf16[4,7]{1,0} copy(%d)
+  %e = f32[8]{0} custom-call(%d), custom_call_target="tpu_custom_call", operand_layout={}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = f32[8]{0} while(%a), condition=%cond.1, body=%layer
+  %u = f32[8]{0} while(%w), condition=%cond.2, body=%bisection
+  %k = f32[8]{0} conditional(%u, %w), branch_computations={%nobody_asks, %somebody_asks}, metadata={}
+  %copy.2 = s32[10]{0} copy(%k)
+  %l = f32[8]{0} fusion(%k), backend_config={"window_config":{"estimated_cycles":"1"}}
+}
+"""
+
+
+def test_layers_count_as_often_as_they_run_and_what_nobody_asks_for_does_not():
+    assert count_cycles(HLO, 3) == 3 * 20 + 5 + 1
+
+
+def test_another_compilers_program_has_no_cycles():
+    assert count_cycles("ENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} fusion(%p)\n}\n", 3) == 0
+
+
+def test_the_largest_copy_is_told_in_bytes():
+    assert find_largest_copy(HLO) == 2 * 4 * 7

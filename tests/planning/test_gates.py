@@ -1,0 +1,42 @@
+"""Programs of real models for real slices, by the TPU's own compiler: small, in place, near the roofline.
+
+Two of the slices of `scripts/compile_slices.py`, whose table for all is benchmarks/tpu.md. Seconds are not
+asserted, as they are this machine's. Each is a process of its own, as the command is.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+]
+
+
+@pytest.mark.parametrize(("model", "slice_name"), [("qwen2.5-7b", "v5e:2x2"), ("qwen2.5-72b", "v5p:2x2x2")])
+def test_programs_are_small_write_in_place_and_are_near_the_roofline(tmp_path, model, slice_name):
+    path = tmp_path / "programs.jsonl"
+    words = ["--models", model, "--slices", slice_name, "--json", str(path)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "scripts.compile_slices", *words]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    programs = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(programs) == 3
+    for program in programs:
+        assert program["problem"] == ""
+        assert program["code_bytes"] <= 10e6
+        assert program["alias_bytes"] >= program["state_bytes"]  # the pool's, and the sampling state's
+        assert program["largest_copy_bytes"] < 32e6  # no layer's weights, and no layer of the pool
+        assert set(program["collectives"]) <= {"all-reduce", "all-gather"}
+    fewest_rows = programs[0]
+    assert fewest_rows["estimate_s"] <= 1.3 * fewest_rows["roofline_s"]
