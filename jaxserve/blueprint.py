@@ -137,7 +137,7 @@ def sketch_model(
     images = _choose_images(config, files, checkpoint, machine.platform)
     return ModelSketch(
         config=config,
-        machine=share_machine(machine, tp_size),
+        machine=share_machine(machine, tp_size if placement.held is None else len(placement.held)),
         precision=precision,
         checkpoint=checkpoint,
         tp_size=tp_size,

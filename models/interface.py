@@ -57,6 +57,12 @@ class Cut:
         """Of the parts of all devices, behind each other."""
         return self.own_length * len(self.runs_by_device)
 
+    def pick(self, devices: range | None) -> Cut:
+        """What some consecutive devices hold of it; all, if None."""
+        if devices is None:
+            return self
+        return Cut(self.runs_by_device[devices.start : devices.stop])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParamSpec:
@@ -67,6 +73,7 @@ class ParamSpec:
     quantised), or "vector" (norms and biases: never quantised, kept in float32). `axes` are logical names for
     sharding, one an axis; `cuts` say how each is cut, if devices share the parameter (models/sharding.py).
     `group_size` is of a matrix that is served in 4 bits: inputs of the checkpoint that share a scale.
+    `held` are those of the devices whose parts this process holds; None if all.
     """
 
     path: str
@@ -75,6 +82,7 @@ class ParamSpec:
     axes: tuple[str | None, ...]
     cuts: tuple[Cut | None, ...] = ()
     group_size: int = 0  # 0: not served in 4 bits
+    held: range | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,6 +97,13 @@ class ParamSpec:
             return self.shape
         pairs = zip(self.shape, self.cuts, strict=True)
         return tuple(length if cut is None else cut.served_length for length, cut in pairs)
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """Of the parts that this process holds."""
+        cuts = self.cuts or (None,) * len(self.shape)
+        pairs = zip(self.shape, cuts, strict=True)
+        return tuple(length if cut is None else cut.pick(self.held).served_length for length, cut in pairs)
 
 
 class ImageTokens(NamedTuple):

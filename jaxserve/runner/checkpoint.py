@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -88,7 +88,7 @@ class Checkpoint:
         load = partial(
             load_params,
             self.files,
-            self._list_specs(),
+            [replace(spec, held=self.placement.held) for spec in self._list_specs()],
             dtype=self.dtype,
             quantization=self.quantization,
             on_progress=tell,

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxserve.weights.placement import put_held, read_held
+
 ALIGNMENT = 64  # bytes; JAX on the CPU takes a host array that starts on this as it is, without a copy
 
 # What a device or a host that has no room raises (jax.errors.JaxRuntimeError is a RuntimeError).
@@ -162,13 +164,14 @@ class Weights:
 
 
 def _put(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
-    return jax.block_until_ready(jax.device_put(value, sharding))
+    return jax.block_until_ready(put_held(value, sharding))
 
 
 def _copy_aligned(array: jax.Array) -> np.ndarray:
     """A copy of its own: NumPy's view of an array on the CPU would keep the device's memory."""
-    raw = np.empty(array.nbytes + ALIGNMENT, np.uint8)
+    held = read_held(array)
+    raw = np.empty(held.nbytes + ALIGNMENT, np.uint8)
     skip = -raw.ctypes.data % ALIGNMENT
-    copy = raw[skip : skip + array.nbytes].view(array.dtype).reshape(array.shape)
-    np.copyto(copy, np.asarray(array))
+    copy = raw[skip : skip + held.nbytes].view(held.dtype).reshape(held.shape)
+    np.copyto(copy, held)
     return copy

@@ -21,7 +21,14 @@ from jaxserve.models.interface import ParamSpec
 from jaxserve.models.quant import Int4Matrix, QuantizedMatrix, hadamard
 from jaxserve.weights.cache import ProgressCallback
 from jaxserve.weights.int4_rows import GroupedRows, pack_runs
-from jaxserve.weights.layout import count_own_columns, pick_columns, pick_groups, place_rows
+from jaxserve.weights.layout import (
+    count_own_columns,
+    holds_rows,
+    keep_columns,
+    pick_columns,
+    pick_groups,
+    place_rows,
+)
 from jaxserve.weights.served import (
     DTYPES,
     QUANTIZATIONS,
@@ -86,11 +93,11 @@ def _build_float(
     pool: ThreadPoolExecutor,
     put: PutArray,
 ) -> jax.Array:
-    host = _allocate(spec, spec.served_shape, dtype)
+    host = _allocate(spec, spec.held_shape, dtype)
 
     def fill(block_range: tuple[int, int]) -> None:
         first_row, num_rows = block_range
-        block = pick_columns(read_block(spec, first_row, num_rows), spec)
+        block = keep_columns(pick_columns(read_block(spec, first_row, num_rows), spec), spec)
         with np.errstate(over="ignore", invalid="ignore"):
             rows = block.astype(dtype, copy=False)
         _require_finite(spec, block, rows)
@@ -111,8 +118,8 @@ def _build_quantized(
     even (models/quant.py)."""
     item_type, largest = QUANTIZED[quantization]
     h_HH = hadamard(count_own_columns(spec))
-    q_host = _allocate(spec, spec.served_shape, item_type)
-    scale_host = _allocate(spec, spec.served_shape[:1], np.dtype(np.float32))
+    q_host = _allocate(spec, spec.held_shape, item_type)
+    scale_host = _allocate(spec, spec.held_shape[:1], np.dtype(np.float32))
 
     def fill(block_range: tuple[int, int]) -> None:
         first_row, num_rows = block_range
@@ -122,6 +129,7 @@ def _build_quantized(
         absmax = np.maximum(block.max(axis=1), -block.min(axis=1))
         _require_finite(spec, block, absmax)
         scale = np.maximum(absmax, np.float32(_MIN_ABSMAX)) / np.float32(largest)
+        block = keep_columns(block, spec)
         block /= scale[:, None]
         place_rows(q_host, spec, first_row, np.rint(block, out=block) if quantization == "int8" else block)
         place_rows(scale_host, spec, first_row, scale)
@@ -165,10 +173,12 @@ def _rotate(block_FD: np.ndarray, h_HH: np.ndarray) -> np.ndarray:
 
 
 def _run_blocks(pool: ThreadPoolExecutor, fill: Callable[[tuple[int, int]], None], spec: ParamSpec) -> None:
-    """Call `fill` with every (first_row, num_rows) of the parameter; the first error ends the rest."""
+    """Call `fill` with every (first_row, num_rows) of the parameter that holds something of ours; the first
+    error ends the rest."""
     num_rows = spec.shape[0]
     block_rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(spec.shape[1:])))
     ranges = [(start, min(block_rows, num_rows - start)) for start in range(0, num_rows, block_rows)]
+    ranges = [block_range for block_range in ranges if holds_rows(spec, *block_range)]
     if len(ranges) == 1:
         fill(ranges[0])
         return

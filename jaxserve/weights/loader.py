@@ -9,38 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from jaxserve.errors import WeightError
-from jaxserve.models.interface import ParamSpec, TensorSource
+from jaxserve.models.interface import ParamSpec
 from jaxserve.weights.building import PutArray, build_params
 from jaxserve.weights.cache import ProgressCallback
+from jaxserve.weights.check import CheckpointTensors, check_checkpoint, find_names, is_tied
 from jaxserve.weights.gguf_names import open_gguf_checkpoint
 from jaxserve.weights.int4_rows import GroupedRows, join_rows, quantize_rows
 from jaxserve.weights.packed_int4 import PackedCheckpoint, unpack
 from jaxserve.weights.placement import ALONE
 from jaxserve.weights.resolve import ModelFiles
 from jaxserve.weights.safetensors import open_safetensors
-
-# Buffers that some writers save beside the weights, and that are computed here.
-_IGNORED_SUFFIXES = (
-    "rotary_emb.inv_freq", "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight",
-)  # fmt: skip
-
-
-class CheckpointTensors(Protocol):
-    """What a checkpoint offers: tensors under Hugging Face names, read by rows of axis 0."""
-
-    def tensor_names(self) -> list[str]: ...
-    def shape_of(self, name: str) -> tuple[int, ...]: ...
-    def file_of(self, name: str) -> Path: ...
-    def read_rows(self, name: str, first_row: int, num_rows: int) -> np.ndarray: ...
-    def close(self) -> None: ...
 
 
 def load_params(
@@ -75,8 +58,8 @@ def load_params(
     else:
         checkpoint = unpack(open_safetensors(files.local_dir), files.hf_config)
     with contextlib.closing(checkpoint):
-        specs = _find_names(specs, checkpoint.tensor_names())
-        check_checkpoint(checkpoint, specs, is_tied=_is_tied(files.hf_config))
+        specs = find_names(specs, checkpoint.tensor_names())
+        check_checkpoint(checkpoint, specs, is_tied=is_tied(files.hf_config))
 
         def read_block(spec: ParamSpec, first_row: int, num_rows: int) -> np.ndarray:
             return _read_spec_rows(checkpoint, spec, first_row, num_rows)
@@ -113,56 +96,6 @@ def make_dummy_params(
         return quantize_rows(make_block(spec, first_row, num_rows), spec.group_size)
 
     return build_params(specs, make_block, make_groups, dtype, quantization, on_progress, put)
-
-
-def check_checkpoint(checkpoint: CheckpointTensors, specs: list[ParamSpec], *, is_tied: bool) -> None:
-    """Raise WeightError for tensors that are missing, of another shape, or used by no spec."""
-    names = checkpoint.tensor_names()
-    present = set(names)
-    sources = [source for spec in specs for source in spec.sources]
-    missing = [source.name for source in sources if source.name not in present]
-    if missing:
-        raise WeightError(
-            f"The checkpoint lacks {_list_names(missing)}. It is incomplete, or of another architecture than "
-            "its config says."
-        )
-    for source in sources:
-        shape = checkpoint.shape_of(source.name)
-        if shape != source.shape:
-            raise WeightError(
-                f"Tensor {source.name} of {checkpoint.file_of(source.name)} has the shape {list(shape)}; the "
-                f"model's config asks for {list(source.shape)}."
-            )
-    used = {source.name for source in sources}
-    left_over = [
-        name
-        for name in names
-        if name not in used
-        and not name.endswith(_IGNORED_SUFFIXES)
-        and not (is_tied and name == "lm_head.weight")
-    ]
-    if left_over:
-        raise WeightError(
-            f"The checkpoint holds {_list_names(left_over)}, which the model does not use: the config names "
-            "another architecture than the weights are of."
-        )
-
-
-def _find_names(specs: list[ParamSpec], names: list[str]) -> list[ParamSpec]:
-    """The specs with each source under the one of its names that the checkpoint has."""
-    present = set(names)
-
-    def find(source: TensorSource) -> TensorSource:
-        found = next((name for name in (source.name, *source.other_names) if name in present), source.name)
-        return replace(source, name=found)
-
-    return [replace(spec, sources=tuple(map(find, spec.sources))) for spec in specs]
-
-
-def _is_tied(hf_config: Mapping[str, Any]) -> bool:
-    """Whether the head is the embedding; models that see images may say so with their language side."""
-    configs = (hf_config, hf_config.get("text_config") or {})
-    return any(config.get("tie_word_embeddings") for config in configs)
 
 
 def _read_spec_rows(
@@ -210,9 +143,3 @@ def _find_pieces(spec: ParamSpec, first_row: int, num_rows: int) -> list[tuple[s
             pieces.append((source.name, start - source_start, end - start))
         source_start = source_end
     return pieces
-
-
-def _list_names(names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{'tensor' if len(names) == 1 else 'tensors'} {shown}{rest}"

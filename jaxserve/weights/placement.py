@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxserve.errors import ConfigError
 from jaxserve.models.sharding import MESH_AXES, TENSOR
 
 
@@ -29,15 +30,27 @@ class Placement:
     def num_devices(self) -> int:
         return 1 if self.mesh is None else self.mesh.size
 
+    @property
+    def held(self) -> range | None:
+        """The devices that belong to this process; None if all do."""
+        if not isinstance(self.mesh, Mesh) or jax.process_count() == 1:  # or it is of a topology, for a plan
+            return None
+        own = [i for i, d in enumerate(self.mesh.devices.flat) if d.process_index == jax.process_index()]
+        held = range(own[0], own[-1] + 1)
+        assert own == list(held), f"the devices of a host are not together in {self.mesh}"
+        return held
+
     def make_sharding(self, axes: Sequence[str | None]) -> jax.sharding.Sharding:
         """How an array with these logical axes lies on the devices."""
         if self.mesh is None:
-            return SingleDeviceSharding(jax.devices()[0])
+            return SingleDeviceSharding(jax.local_devices()[0])
         return NamedSharding(self.mesh, make_spec(axes))
 
     def put(self, path: str, array: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
-        """The PutArray of the loader: each device is given its part."""
-        return jax.device_put(array, None if self.mesh is None else self.make_sharding(axes))
+        """The PutArray of the loader: each device of this process is given its part; `array` is of those."""
+        if self.mesh is None:
+            return jax.device_put(array)
+        return put_held(array, self.make_sharding(axes))
 
     def spread(self, program: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """The program of all devices, whose arrays are whole, from that of each. The specs are as
@@ -50,6 +63,48 @@ class Placement:
 def make_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Logical axes as those of the mesh."""
     return PartitionSpec(*(None if axis is None else MESH_AXES[axis] for axis in axes))
+
+
+def put_held(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    """An array of all devices, from what those of this process hold of it. Other hosts do likewise."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    return jax.make_array_from_process_local_data(sharding, array)
+
+
+def read_held(array: jax.Array) -> np.ndarray:
+    """What devices of this process hold of an array."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    by_place = [
+        ([part.indices(length)[:2] for part, length in zip(shard.index, array.shape, strict=True)], shard)
+        for shard in array.addressable_shards
+    ]
+    axes = range(array.ndim)
+    first = [min(place[axis][0] for place, _ in by_place) for axis in axes]
+    end = [max(place[axis][1] for place, _ in by_place) for axis in axes]
+    held = np.empty([stop - start for start, stop in zip(first, end, strict=True)], array.dtype)
+    for place, shard in by_place:
+        held[tuple(slice(place[axis][0] - first[axis], place[axis][1] - first[axis]) for axis in axes)] = (
+            np.asarray(shard.data)
+        )
+    return held
+
+
+def choose_devices(num_devices: int) -> list[Any]:
+    """So many devices, as many of each host, those of a host together. Every host chooses alike. Raises
+    ConfigError if a host has fewer."""
+    num_own = num_devices // jax.process_count()
+    chosen = []
+    for index in range(jax.process_count()):
+        own = [device for device in jax.devices() if device.process_index == index]
+        if len(own) < num_own:
+            raise ConfigError(
+                f"tp_size {num_devices} asks for {num_own} devices of each host, and one has {len(own)}.",
+                param="tp_size",
+            )
+        chosen += own[:num_own]
+    return chosen
 
 
 def make_placement(devices: Sequence[Any]) -> Placement:

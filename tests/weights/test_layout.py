@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,37 @@ def test_every_row_is_read_once_whoever_holds_it(
     monkeypatch.setattr(loader, "_read_spec_rows", count_rows)
     load(folder, specs)
     assert num_read == {spec.path: spec.shape[0] for spec in specs}
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_each_host_reads_and_holds_the_parts_of_its_own_devices(
+    folder: Path, specs: list[ParamSpec], quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hosts' arrays side by side are what one host has, and rows are read by whom they belong to."""
+    whole = load(folder, specs, quantization=quantization)
+    rows_read: dict[str, list[range]] = {}
+    read_rows = loader._read_spec_rows
+
+    def note_rows(checkpoint: Any, spec: ParamSpec, first_row: int, num_rows: int) -> np.ndarray:
+        rows_read.setdefault(spec.path, []).append(range(first_row, first_row + num_rows))
+        return read_rows(checkpoint, spec, first_row, num_rows)
+
+    monkeypatch.setattr(loader, "_read_spec_rows", note_rows)
+    parts, num_read = [], []
+    for held in (range(0, 1), range(1, 4)):
+        rows_read.clear()
+        own = [replace(spec, held=held) for spec in specs]
+        parts.append(load(folder, own, quantization=quantization, put=lambda _path, array, _axes: array))
+        num_read.append(sum(map(len, rows_read["layers.0.w_gate_up_FD"])))
+    for spec in specs:
+        pairs = zip(*(jax.tree.leaves(part[spec.path]) for part in (whole, *parts)), strict=True)
+        for array, *held_arrays in pairs:
+            axis = next((i for i, cut in enumerate(spec.cuts[: array.ndim]) if cut is not None), None)
+            joined = held_arrays[0] if axis is None else np.concatenate(held_arrays, axis)
+            np.testing.assert_array_equal(joined, array)
+    num_rows = 2 * CFG.mlp_width
+    assert num_read[0] < num_rows // 4 + 60  # blocks of 10 rows straddle the cuts
+    assert sum(num_read) < num_rows + 60
 
 
 def test_int8_values_are_those_of_one_device_where_mixed_channels_stay_together() -> None:
