@@ -27,7 +27,7 @@ from jaxserve.scheduler.plan import ImageEncode, SlotInit
 from jaxserve.vision.limits import ImageForm
 from jaxserve.vision.rope_positions import RopePositions, find_rope_positions
 from jaxserve.vision.windows import PATCH_BUCKETS, lay_out_patches
-from jaxserve.weights.placement import ALONE, Placement, make_spec
+from jaxserve.weights.placement import ALONE, Placement, make_spec, put_held
 
 logger = logging.getLogger("jaxserve.runner")
 
@@ -85,8 +85,15 @@ class ImageEncoder:
     `model` may hold its parameters or only their shapes and types.
     """
 
-    def __init__(self, model: Any, sizes: ImageSizes, placement: Placement = ALONE):
+    def __init__(
+        self,
+        model: Any,
+        sizes: ImageSizes,
+        placement: Placement = ALONE,
+        admit: Callable[[str, Callable[[], None]], None] = lambda _name, use: use(),
+    ):
         self.sizes = sizes
+        self._admit = admit  # uses programs when every host has them (programs.py)
         self._placement = placement
         self._vision = model.vision
         self.ready: dict[int, EncoderPrograms] = {}  # replaced, never changed
@@ -121,7 +128,7 @@ class ImageEncoder:
     def list_programs(self) -> dict[str, Callable[[], None]]:
         """What is still to be compiled, smallest first."""
         todo = [bucket for bucket in self.sizes.buckets if bucket not in self.ready]
-        return {f"an image of {bucket} patches": partial(self.compile_one, bucket) for bucket in todo}
+        return {_name_programs(bucket): partial(self.compile_one, bucket) for bucket in todo}
 
     def compile_one(self, num_patches: int) -> None:
         """Compile the programs for images of so many patches, or restore them from the persistent cache."""
@@ -135,18 +142,29 @@ class ImageEncoder:
             blocks=tuple(blocks[block] for block in lowered.blocks),
             merge=lowered.merge.compile(),
         )
-        self.ready = {**self.ready, num_patches: programs}
         elapsed_s = time.perf_counter() - start_s
         logger.info("compiled the vision encoder for %d patches in %.1f s", num_patches, elapsed_s)
 
-    def encode(self, params: Any, image: ImageEncode) -> None:
+        def use() -> None:
+            self.ready = {**self.ready, num_patches: programs}
+
+        self._admit(_name_programs(num_patches), use)
+
+    def choose(self, image: ImageEncode) -> int:
+        """The programs for an image, by their number of patches; those it began with, if it goes on."""
+        if image.first_stage:
+            assert self._begun is not None, f"image {image.content_id} goes on and was not begun"
+            return self._begun.num_padded
+        frames, height, width = image.grid
+        return min(bucket for bucket in self.ready if bucket >= frames * height * width)
+
+    def encode(self, params: Any, image: ImageEncode, num_padded: int) -> None:
         """Launch the encoder, or some blocks of it, on an image and return at once."""
         if image.first_stage == 0:
-            frames, height, width = image.grid
-            num_padded = min(bucket for bucket in self.ready if bucket >= frames * height * width)
             inputs = lay_out_image(self.sizes, image.grid, num_padded, image.patches, image.rows)
             x_UD = self.ready[num_padded].embed(params["vision"]["embed"], inputs.patch_UB)
-            places = jax.device_put(inputs.places, self.abstract_features.sharding)
+            put = partial(put_held, sharding=self.abstract_features.sharding)
+            places = jax.tree.map(put, inputs.places)
             self._begun = HalfEncoded(num_padded, x_UD, places, inputs.row_M)
         begun = self._begun
         assert begun is not None, f"image {image.content_id} goes on and was not begun"
@@ -161,15 +179,22 @@ class ImageEncoder:
             self._has_run.add(begun.num_padded)
             self._begun = None
 
-    def rehearse(self, params: Any) -> bool:
-        """Run the smallest program on nothing if it never ran; returns whether it did. A large one would hold
-        up the request that comes in the meantime for longer than its own first run takes."""
-        todo = [bucket for bucket in self.sizes.buckets[:1] if bucket in self.ready.keys() - self._has_run]
-        if not todo or self._begun is not None:
-            return False
-        self.encode(params, ImageEncode("", (1, 2, 2), b"", [], end_stage=self.sizes.num_stages))
+    def find_unrehearsed(self) -> int | None:
+        """The smallest program, if it is ready and never ran. A large one would hold up the request that
+        comes in the meantime for longer than its own first run takes."""
+        smallest = self.sizes.buckets[0]
+        is_new = smallest in self.ready.keys() - self._has_run and self._begun is None
+        return smallest if is_new else None
+
+    def rehearse(self, params: Any, num_padded: int) -> None:
+        """Run the programs on nothing."""
+        nothing = ImageEncode("", (1, 2, 2), b"", [], end_stage=self.sizes.num_stages)
+        self.encode(params, nothing, num_padded)
         jax.block_until_ready(self.feature_MD)
-        return True
+
+
+def _name_programs(num_patches: int) -> str:
+    return f"an image of {num_patches} patches"
 
 
 class ImageInputs(NamedTuple):

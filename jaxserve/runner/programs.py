@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,28 @@ EVERYWHERE = make_spec(())  # what every device holds whole
 NUM_FIRST = 2  # programs that serving starts with: the ladder's first two, decode and prefill
 
 logger = logging.getLogger("jaxserve.runner")
+
+
+class ProgramHosts(Protocol):
+    """What hosts that run the same programs tell each other of them (hosts/). Each of these may wait."""
+
+    def admit(
+        self, name: str, use: Callable[[], None]
+    ) -> None: ...  # it is compiled here: use it, if all may
+    def miss(self, name: str) -> None: ...  # it could not be compiled here
+
+
+class OneHost:
+    """Nobody else runs the programs."""
+
+    def admit(self, name: str, use: Callable[[], None]) -> None:
+        use()
+
+    def miss(self, name: str) -> None:
+        pass
+
+
+ONE_HOST = OneHost()
 
 
 class StepArrays(NamedTuple):
@@ -148,14 +170,17 @@ class Programs:
         ladder: Ladder,
         placement: Placement = ALONE,
         images: ImageSizes | None = None,
+        hosts: ProgramHosts = ONE_HOST,
     ):
         self.compiles = CompileCounter()
+        self._hosts = hosts
         self._graphdef, params = nnx.split(model)
         self._abstract_params = jax.tree.map(_abstract, params)
         self._placement = placement
         self.encoder: ImageEncoder | None = None  # of a model that reads more than text
         if images is not None:
-            self.encoder = ImageEncoder(nnx.merge(self._graphdef, self._abstract_params), images, placement)
+            described = nnx.merge(self._graphdef, self._abstract_params)
+            self.encoder = ImageEncoder(described, images, placement, hosts.admit)
         self.allocate = compile_allocation(cfg, pool, kv_dtype, placement, model.kernels.make_kv)
         self._abstract_state = jax.tree.map(_abstract, self.allocate.out_info)
         self._pool = pool
@@ -204,9 +229,13 @@ class Programs:
             *features,
         )
         program = lowered.compile(compiler_options=self.xla_options)
-        with self._lock:  # and a new dict: the step loop may be iterating over the old one
-            self.ready = {**self.ready, shape: program}
         logger.info("compiled the step of %s in %.1f s", shape, time.perf_counter() - start_s)
+
+        def use() -> None:
+            with self._lock:  # and a new dict: the step loop may be iterating over the old one
+                self.ready = {**self.ready, shape: program}
+
+        self._hosts.admit(_step_name(shape), use)
 
     def _describe(self, shape: tuple[int, ...], dtype: Any = jnp.int32, axis: str | None = None):
         """An array from the host: whole on every device, or its only axis cut."""
@@ -235,7 +264,12 @@ class Programs:
         packed = self._describe(forks_shape(self._pool.table_width))
         specs = state_specs(self._pool)
         write = self._placement.spread(write_forks, (specs, EVERYWHERE), specs)
-        self.write_forks = jax.jit(write, donate_argnums=0).lower(self._abstract_state, packed).compile()
+        program = jax.jit(write, donate_argnums=0).lower(self._abstract_state, packed).compile()
+
+        def use() -> None:
+            self.write_forks = program
+
+        self._hosts.admit("forks", use)
 
     def compile_rest(self, on_done: Callable[[], None]) -> None:
         """Compile what is not ready, on a thread: forks, the vision encoder, and shapes in ladder order; then
@@ -243,25 +277,29 @@ class Programs:
         todo = {"forks": self.compile_forks} if self.write_forks is None else {}
         todo |= self.encoder.list_programs() if self.encoder is not None else {}
         shapes = [shape for shape in self.ladder.shapes if shape not in self.ready]
-        todo |= {f"the step of {shape}": partial(self.compile_one, shape) for shape in shapes}
+        todo |= {_step_name(shape): partial(self.compile_one, shape) for shape in shapes}
 
         def end(is_done: bool) -> None:
             self.is_over = True
             if is_done:
                 on_done()
 
-        self.background.start([partial(_try_to, name, compile) for name, compile in todo.items()], end)
+        self.background.start([partial(self._try_to, name, compile) for name, compile in todo.items()], end)
+
+    def _try_to(self, name: str, compile_program: Callable[[], None]) -> None:
+        try:
+            compile_program()
+        except jax.errors.JaxRuntimeError:  # most likely too little memory for so large a step
+            logger.exception("The program of %s could not be compiled; serving without it.", name)
+            self._hosts.miss(name)
 
     def stop(self) -> None:
         """Let the compile thread end after the program at hand."""
         self.background.stop()
 
 
-def _try_to(name: str, compile_program: Callable[[], None]) -> None:
-    try:
-        compile_program()
-    except jax.errors.JaxRuntimeError:  # most likely too little memory for so large a step
-        logger.exception("The program of %s could not be compiled; serving without it.", name)
+def _step_name(shape: Shape) -> str:
+    return f"the step of {shape}"
 
 
 def _abstract(x: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

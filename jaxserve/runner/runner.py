@@ -31,7 +31,7 @@ from jaxserve.runner.memory import (
     trim_host_memory,
 )
 from jaxserve.runner.pending import PendingStep, note_launch
-from jaxserve.runner.programs import Programs, StepArrays
+from jaxserve.runner.programs import ONE_HOST, ProgramHosts, Programs, StepArrays
 from jaxserve.scheduler.plan import DecodeRow, PrefillChunk, SlotInit, StepLimits, StepPlan
 from jaxserve.types import KV_CACHE, WEIGHTS, ScoreParams, TokenParams
 from jaxserve.weights.placement import ALONE
@@ -48,10 +48,18 @@ class Update(NamedTuple):
     values: list[np.ndarray]
 
 
+class StepPrograms(NamedTuple):
+    """Which programs a plan runs as. Hosts that share a model must run the same."""
+
+    shapes: tuple[Shape, ...]  # decode before prefill, if they are two
+    num_patches: int = 0  # of the program that encodes the plan's image
+
+
 class ModelRunner:
     """`checkpoint` is what `model` is of; without it dropped weights cannot come back. A model without
     parameters (Checkpoint.describe_model) is enough to compile for; then `load` must follow. Where devices
-    share the model, `model` and `cfg` are one device's part. `images` are there if the model takes them."""
+    share the model, `model` and `cfg` are one device's part. `images` are there if the model takes them;
+    `hosts` if others run the same steps."""
 
     def __init__(
         self,
@@ -62,9 +70,10 @@ class ModelRunner:
         ladder: Ladder,
         checkpoint: Checkpoint | None = None,
         images: ImageSizes | None = None,
+        hosts: ProgramHosts = ONE_HOST,
     ):
         placement = ALONE if checkpoint is None else checkpoint.placement
-        self.programs = Programs(model, cfg, pool, kv_dtype, ladder, placement, images)
+        self.programs = Programs(model, cfg, pool, kv_dtype, ladder, placement, images, hosts)
         self._encoder = self.programs.encoder
         self._positions = None if images is None else SlotPositions(pool.num_slots + 1, images)
         self.compiles = self.programs.compiles
@@ -137,19 +146,26 @@ class ModelRunner:
             stages_a_step=() if encoder is None else encoder.count_stages(max_mixed_tokens),
         )
 
-    def step(self, plan: StepPlan) -> PendingStep:
-        """Launch a plan and return at once. The plan must fit `limits()`."""
+    def choose(self, plan: StepPlan) -> StepPrograms:
+        """The programs for a plan that fits `limits()`."""
+        shapes = split_step(len(plan.decode), plan.num_chunk_tokens, list(self.programs.ready))
+        assert shapes is not None, f"no program is ready for {plan}"
+        if plan.encode is None:
+            return StepPrograms(tuple(shapes))
+        assert self._encoder is not None, "a model that reads text only has an image to encode"
+        return StepPrograms(tuple(shapes), self._encoder.choose(plan.encode))
+
+    def step(self, plan: StepPlan, chosen: StepPrograms | None = None) -> PendingStep:
+        """Launch a plan, as the programs chosen, and return at once."""
+        chosen = chosen or self.choose(plan)
         self.programs.background.note_step(is_pressed=plan.num_waiting > 0)
         for init in plan.inits:
             self._init_slot(init)
         self._fork(plan)
-        if plan.encode is not None:
-            assert self._encoder is not None, "a model that reads text only has an image to encode"
-            self._encoder.encode(self._weights.tree, plan.encode)
-        shapes = split_step(len(plan.decode), plan.num_chunk_tokens, list(self.programs.ready))
-        assert shapes is not None, f"no program is ready for {plan}"
+        if plan.encode is not None and self._encoder is not None:
+            self._encoder.encode(self._weights.tree, plan.encode, chosen.num_patches)
         launches = []
-        for shape in shapes:
+        for shape in chosen.shapes:
             decode = plan.decode if shape.num_rows else ()
             chunks = plan.chunks if shape.num_tokens else ()
             arrays = self._launch(shape, self._pack(shape, decode, chunks))
@@ -168,21 +184,36 @@ class ModelRunner:
 
     def rehearse(self) -> bool:
         """Run one ready program that never ran, so that no request waits for what its first run prepares (on
-        the CPU every product: half a second). Returns whether there was one.
+        the CPU every product: half a second). Returns whether there was one."""
+        program = self.find_unrehearsed()
+        if program is not None:
+            self.rehearse_program(program)
+        return program is not None
+
+    def find_unrehearsed(self) -> StepPrograms | None:
+        """A ready program that never ran."""
+        for shape in self.programs.ready:
+            if shape not in self._has_run:
+                return StepPrograms((shape,))
+        bucket = None if self._encoder is None else self._encoder.find_unrehearsed()
+        return None if bucket is None else StepPrograms((), bucket)
+
+    def rehearse_program(self, program: StepPrograms) -> None:
+        """Run what `find_unrehearsed` gave, on nothing.
 
         All slots must be free and the memory here: a token of nobody runs in slot 0 and is kept in page 0,
         which no sequence has. Its position is such that every loop of attention has a turn.
         """
-        todo = [shape for shape in self.programs.ready if shape not in self._has_run]
-        if not todo:
-            return self._encoder is not None and self._encoder.rehearse(self._weights.tree)
-        shape = todo[0]
+        if not program.shapes:
+            assert self._encoder is not None, "a model that reads text only rehearses an image"
+            self._encoder.rehearse(self._weights.tree, program.num_patches)
+            return
+        (shape,) = program.shapes
         position = min(REHEARSED_TOKENS, self._pool.table_width * self._pool.page_size) - 1
         pages = [0] * self._pool.table_width
         decode = [DecodeRow(0, 0, 0, position, 0, token_id=0)] if shape.num_rows else []
         chunks = [PrefillChunk(0, 0, 0, position, [0], pages, samples=False)] if shape.num_tokens else []
         jax.block_until_ready(self._launch(shape, self._pack(shape, decode, chunks)))
-        return True
 
     def _fork(self, plan: StepPlan) -> None:
         for packed in pack_forks(plan.tables, plan.copies, self._pool.num_slots, self._pool.table_width):
