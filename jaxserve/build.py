@@ -1,7 +1,8 @@
 """Composition root of the engine: from settings and files to a loop that is ready to run.
 
-Called by engine_main.py (a process of its own under `jaxserve launch`) and by llm.py (a thread). The only
-place where weights, models, runner and scheduler meet; blueprint.py decides, and this only the order.
+Called by engine_main.py (a process of its own under `jaxserve launch`) and by llm.py (a thread); a host that
+follows another (follower_main.py) builds the runner alone. The only place where weights, models, runner and
+scheduler meet; blueprint.py decides, and this only the order.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import jax
 
@@ -19,15 +21,18 @@ from jaxserve.blueprint import Blueprint, ModelSketch, draw_blueprint
 from jaxserve.config import ServerConfig
 from jaxserve.engine.loop import EngineLink, EngineLoop
 from jaxserve.errors import ConfigError
+from jaxserve.hosts.lead_runner import LeadRunner
+from jaxserve.hosts.leader import Leader
+from jaxserve.hosts.link import digest_of
 from jaxserve.runner.host_memory import read_host_memory
-from jaxserve.runner.programs import use_compile_cache
+from jaxserve.runner.programs import OneHost, ProgramHosts, use_compile_cache
 from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.sizing import Machine, check_devices
 from jaxserve.scheduler.features import FeatureCache
 from jaxserve.scheduler.state import SchedulerState, new_state
 from jaxserve.types import EngineInfo
 from jaxserve.weights.cache import cache_dir
-from jaxserve.weights.placement import make_placement
+from jaxserve.weights.placement import choose_devices, make_placement
 from jaxserve.weights.resolve import ModelFiles
 
 OnProgress = Callable[[str, float, float | None, str], None]  # stage, done, total, unit
@@ -35,34 +40,64 @@ OnProgress = Callable[[str, float, float | None, str], None]  # stage, done, tot
 logger = logging.getLogger("jaxserve.engine")
 
 
+class Hosts(Protocol):
+    """The other hosts that build the same runner, if there are some (hosts/). Each of these may wait."""
+
+    def admit(self, name: str, use: Callable[[], None]) -> None: ...  # as ProgramHosts, and so the next
+    def miss(self, name: str) -> None: ...
+    def agree_hardware(self, machine: Machine) -> Machine: ...  # what all plan for
+    def tell_loaded(self, digest: str) -> None: ...  # of the sizes that were decided: all must have the same
+
+
 def build_engine(
-    config: ServerConfig, files: ModelFiles, link: EngineLink, on_progress: OnProgress
+    config: ServerConfig,
+    files: ModelFiles,
+    link: EngineLink,
+    on_progress: OnProgress,
+    leader: Leader | None = None,
 ) -> tuple[EngineLoop, ModelRunner, EngineInfo]:
     """Load the model, size the pool, compile the first programs; the rest compile on a thread.
 
-    Raises ConfigError or WeightError with a sentence for the person who launched it.
+    `leader` speaks to the other hosts, if there are some; the loop tells them what the runner does. Raises
+    ConfigError or WeightError with a sentence for the person who launched it.
     """
     start_s = time.perf_counter()
-    machine = read_machine()
-    check_devices(config, machine)
-    use_compile_cache(_compile_cache_dir(config, machine))
-    blueprint = draw_blueprint(config, files, machine, make_placement(jax.devices()[: config.tp_size]))
-    sketch, sizes = blueprint.sketch, blueprint.sizes
-    _log_precision(config, machine, sketch)
-    runner = _load_runner(blueprint, on_progress)
-    runner.programs.compile_rest(on_done=lambda: _finish_warm_up(runner))
-    state = _make_state(blueprint)
+    blueprint, runner = build_runner(config, files, on_progress, leader)
+    driven = runner if leader is None else LeadRunner(runner, leader)
     loop = EngineLoop(
-        runner,
-        runner,
-        state,
+        driven,
+        driven,
+        _make_state(blueprint),
         link,
-        context_length=sizes.context_length,
+        context_length=blueprint.sizes.context_length,
         max_queued_requests=config.max_queued_requests,
     )
     info = _describe_engine(blueprint, files, runner, start_s)
     _log_sizes(blueprint, runner, info)
     return loop, runner, info
+
+
+def build_runner(
+    config: ServerConfig, files: ModelFiles, on_progress: OnProgress, hosts: Hosts | None = None
+) -> tuple[Blueprint, ModelRunner]:
+    """The runner, with weights and its first programs, on this host's part of the devices. Raises as
+    `build_engine` does."""
+    machine = read_machine()
+    if hosts is not None:
+        machine = hosts.agree_hardware(machine)
+    check_devices(config, machine)
+    use_compile_cache(_compile_cache_dir(config, machine))
+    blueprint = draw_blueprint(config, files, machine, make_placement(choose_devices(config.tp_size)))
+    _log_precision(config, machine, blueprint.sketch)
+    runner = _load_runner(blueprint, on_progress, hosts or OneHost())
+    if hosts is not None:
+        sketch = blueprint.sketch
+        kernels = sketch.checkpoint.kernels.name
+        hosts.tell_loaded(
+            digest_of(blueprint.sizes, blueprint.pool, blueprint.ladder, sketch.precision, kernels)
+        )
+    runner.programs.compile_rest(on_done=lambda: _finish_warm_up(runner))
+    return blueprint, runner
 
 
 def _make_state(blueprint: Blueprint) -> SchedulerState:
@@ -111,7 +146,7 @@ def _log_sizes(blueprint: Blueprint, runner: ModelRunner, info: EngineInfo) -> N
 def read_machine() -> Machine:
     """The hardware as JAX and the operating system tell it."""
     try:
-        device = jax.devices()[0]
+        device = jax.local_devices()[0]
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0] or "its backend gives no reason"
         raise ConfigError(
@@ -138,7 +173,7 @@ def read_machine() -> Machine:
     )
 
 
-def _load_runner(blueprint: Blueprint, on_progress: OnProgress) -> ModelRunner:
+def _load_runner(blueprint: Blueprint, on_progress: OnProgress, hosts: ProgramHosts) -> ModelRunner:
     """Read the weights while the pool is allocated and the first programs compile, which needs their shapes
     only."""
     sketch, checkpoint = blueprint.sketch, blueprint.sketch.checkpoint
@@ -150,6 +185,7 @@ def _load_runner(blueprint: Blueprint, on_progress: OnProgress) -> ModelRunner:
         blueprint.ladder,
         checkpoint,
         sketch.images,
+        hosts,
     )
     runner.programs.begin()
     start_s = time.perf_counter()
@@ -185,7 +221,7 @@ def _describe_engine(
         dtype=sketch.precision.dtype,
         quantization=sketch.precision.quantization,
         platform=sketch.machine.platform,
-        device_kind=jax.devices()[0].device_kind,
+        device_kind=sketch.machine.device_kind,
         num_devices=sketch.tp_size,
         startup_s=time.perf_counter() - start_s,
     )

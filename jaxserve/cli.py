@@ -19,6 +19,7 @@ from jaxserve.config import FIELDS, MASK, ServerConfig, flag_of
 from jaxserve.engine_process import EngineProcess
 from jaxserve.errors import ConfigError, WeightError
 from jaxserve.flags import LaunchOptions, build_parser, load_config, shipped_configs
+from jaxserve.hosts.seat import take_seat
 from jaxserve.log import set_up_logging
 from jaxserve.planning.options import build_plan_parser, keep_to_cpu, read_plan_options
 
@@ -78,10 +79,15 @@ def launch(argv: list[str]) -> int:
     options = load_config(argv)
     set_up_logging(options.config.log_level, options.config.log_level_http)
     log_warnings(options)
+    config = take_seat(options.config)
+    if config.node_rank:
+        from jaxserve.follow import FOLLOWER_COMMAND, follow
+
+        return follow(config, EngineProcess(FOLLOWER_COMMAND))
     engine = EngineProcess()  # imports jax while we import the server
     from jaxserve.launch import run
 
-    return run(options.config, command=["jaxserve", "launch", *mask_secrets(argv)], first_engine=engine)
+    return run(config, command=["jaxserve", "launch", *mask_secrets(argv)], first_engine=engine)
 
 
 def plan(argv: list[str]) -> int:

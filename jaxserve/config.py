@@ -237,6 +237,18 @@ class ServerConfig:
         "Devices", "where compiled programs are kept [the user's cache folder]", default=None, is_path=True
     )
 
+    nnodes: int | None = _flag(
+        "Hosts", "hosts that share the model [those of the TPU slice]", default=None, low=1
+    )
+    node_rank: int | None = _flag("Hosts", "which this is; 0 serves HTTP [by slice]", default=None, low=0)
+    dist_init_addr: str | None = _flag(
+        "Hosts", "HOST:PORT of host 0, for the others; PORT + 1 is used too [by slice]", default=None
+    )
+    dist_timeout: float = _flag("Hosts", "seconds that hosts wait for each other", default=300.0, low=1)
+    dist_token: str | None = _flag(
+        "Hosts", "secret that all hosts must have [none]", default=None, is_secret=True
+    )
+
     log_level: str = _flag(
         "Logging", "least severe line to print", default="info", choices=("debug", "info", "warning", "error")
     )

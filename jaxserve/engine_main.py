@@ -16,12 +16,15 @@ import sys
 import threading
 
 from jaxserve.build import build_engine
+from jaxserve.config import ServerConfig
 from jaxserve.engine.messages import Configure, Failed, Ready, Starting
 from jaxserve.engine.transport import SocketLink
 from jaxserve.errors import JaxserveError
+from jaxserve.hosts.facts import list_facts
+from jaxserve.hosts.leader import FAILURES, Leader
 from jaxserve.log import set_up_logging
 from jaxserve.progress import Progress
-from jaxserve.weights.resolve import resolve_model
+from jaxserve.weights.resolve import ModelFiles, resolve_model
 
 LOST_GRACE_S = 5.0  # to end in order after the HTTP process is gone
 PATIENCE_S = 60.0
@@ -72,13 +75,51 @@ def serve(configure: Configure, link: SocketLink) -> None:
             load_format=config.load_format,
             on_progress=lambda stage, done, total: tell(stage, done, total, "B"),
         )
-        loop, runner, info = build_engine(config, files, link, tell)
+        leader = _make_leader(config, files, link)
+        try:
+            if leader is not None:
+                leader.gather(lambda words: link.send(Starting(words)))
+            loop, runner, info = build_engine(config, files, link, tell, leader)
+        except FAILURES as error:
+            _end_hosts(leader, error)
+            raise
     link.send(Ready(info))
     # What was imported and loaded stays. Looked through at every full collection it would hold a step up by
     # 60 ms, again and again.
     gc.freeze()
-    loop.run_forever()
+    try:
+        loop.run_forever()
+    except FAILURES as error:
+        _end_hosts(leader, error)
+        raise
+    if leader is not None:
+        leader.close("Host 0 was stopped", is_final=True)
+        os._exit(0)  # JAX would wait for the other hosts, which are gone
     runner.close()
+
+
+def _make_leader(config: ServerConfig, files: ModelFiles, link: SocketLink) -> Leader | None:
+    if (config.nnodes or 1) == 1:
+        return None
+
+    def end(reason: str) -> None:
+        """A host is lost, and a step may wait for it: end at once, and begin again when it is back."""
+        logger.error("%s", reason)
+        link.send(Failed(reason))
+        leader.close(reason.rstrip("."), is_final=False)
+        os._exit(1)
+
+    leader = Leader(config, list_facts(config, files), end)
+    return leader
+
+
+def _end_hosts(leader: Leader | None, error: Exception) -> None:
+    """Tell the others that this host begins again, unless one of them is the cause and tells it first."""
+    if leader is not None:
+        if not isinstance(error, JaxserveError):
+            leader.find_cause()
+        first_line = str(error).partition("\n")[0].rstrip(".")
+        leader.close(f"Host 0 failed: {first_line}", is_final=False)
 
 
 def _end_soon() -> None:

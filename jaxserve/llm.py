@@ -27,7 +27,7 @@ from jaxserve.config import ServerConfig
 from jaxserve.engine.client import EngineClient
 from jaxserve.engine.messages import Failed, Ready, Shutdown
 from jaxserve.engine.transport import ThreadLink
-from jaxserve.errors import InvalidRequestError, UnavailableError
+from jaxserve.errors import ConfigError, InvalidRequestError, UnavailableError
 from jaxserve.launch import find_model, make_settings, make_text_tools, read_tokenizer
 from jaxserve.metrics import ServerMetrics
 from jaxserve.progress import Progress
@@ -59,6 +59,8 @@ class LLM:
                 f"LLM() has no setting {', '.join(sorted(unknown))}; see `jaxserve launch --help`"
             )
         self.config = ServerConfig(model_path=model_path, **settings)
+        if (self.config.nnodes or 1) > 1:
+            raise ConfigError("LLM() runs on one host; several serve with `jaxserve launch`.", param="nnodes")
         with Progress(self.config.log_level) as progress:
             files = find_model(self.config, progress)
             self._tokenizer = read_tokenizer(self.config, files)

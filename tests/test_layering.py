@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "weights": PLAIN | {"models"},
     "runner": PLAIN | {"models", "kernels_pallas", "weights", "scheduler.plan", "vision"},
     "engine": PLAIN | {"scheduler", "runner"},
+    "hosts": PLAIN | {"scheduler.plan", "runner", "weights.resolve", "engine.transport"},
     "server": PLAIN | {"engine.client", "text", "vision"},
     "blueprint": PLAIN
     | {"models", "kernels_pallas", "weights", "runner", "scheduler.features", "vision.limits"},
@@ -40,7 +41,10 @@ ALLOWED: dict[str, set[str]] = {
     "configs": set(),
 }
 # The composition roots put the rooms together and may import everything.
-ROOTS = {"__init__", "__main__", "build", "cli", "engine_main", "launch", "launch_server", "llm", "supervise"}
+ROOTS = {
+    *("__init__", "__main__", "build", "cli", "engine_main", "follow", "follower_main", "launch"),
+    *("launch_server", "llm", "supervise"),
+}
 
 # One edge is allowed inside functions only: a tokenizer may lie in a .gguf file.
 LAZY = {("text", "weights.gguf")}
@@ -53,6 +57,7 @@ ARRAYS: dict[str, set[str]] = {
     "weights": ARRAY_LIBRARIES,
     "runner": ARRAY_LIBRARIES,
     "engine": ARRAY_LIBRARIES,
+    "hosts": ARRAY_LIBRARIES,
     "scheduler": {"numpy"},
     "text": {"numpy"},
     "vision": {"numpy"},
@@ -60,6 +65,7 @@ ARRAYS: dict[str, set[str]] = {
     "planning": ARRAY_LIBRARIES,
     "build": ARRAY_LIBRARIES,
     "engine_main": ARRAY_LIBRARIES,
+    "follower_main": ARRAY_LIBRARIES,
     "llm": ARRAY_LIBRARIES,
 }
 

@@ -80,6 +80,7 @@ class SocketLink:
         self._connection = connection
         self._on_lost = on_lost
         self._inbox = Inbox()
+        self._lock = threading.Lock()  # an engine of several hosts may end from another thread
         self._reader = threading.Thread(target=self._read_forever, name="jaxserve-inbox", daemon=True)
         self._reader.start()
 
@@ -88,7 +89,8 @@ class SocketLink:
 
     def send(self, message: FromEngine) -> None:
         try:
-            self._connection.sendall(encode_frame(message))
+            with self._lock:
+                self._connection.sendall(encode_frame(message))
         except OSError:
             self._inbox.put(Shutdown())
 
