@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 
 from jaxserve.build import build_engine
 from jaxserve.config import ServerConfig
@@ -78,11 +79,13 @@ def serve(configure: Configure, link: SocketLink) -> None:
         leader = _make_leader(config, files, link)
         try:
             if leader is not None:
+                link.on_shutdown = partial(_stop_hosts, leader)
                 leader.gather(lambda words: link.send(Starting(words)))
             loop, runner, info = build_engine(config, files, link, tell, leader)
         except FAILURES as error:
             _end_hosts(leader, error)
             raise
+    link.on_shutdown = lambda: None  # the loop sees to it, between two steps
     link.send(Ready(info))
     # What was imported and loaded stays. Looked through at every full collection it would hold a step up by
     # 60 ms, again and again.
@@ -93,8 +96,7 @@ def serve(configure: Configure, link: SocketLink) -> None:
         _end_hosts(leader, error)
         raise
     if leader is not None:
-        leader.close("Host 0 was stopped", is_final=True)
-        os._exit(0)  # JAX would wait for the other hosts, which are gone
+        _stop_hosts(leader)
     runner.close()
 
 
@@ -111,6 +113,12 @@ def _make_leader(config: ServerConfig, files: ModelFiles, link: SocketLink) -> L
 
     leader = Leader(config, list_facts(config, files), end)
     return leader
+
+
+def _stop_hosts(leader: Leader) -> None:
+    """End them, and us at once: JAX would wait for hosts that are gone."""
+    leader.close("Host 0 was stopped", is_final=True)
+    os._exit(0)
 
 
 def _end_hosts(leader: Leader | None, error: Exception) -> None:

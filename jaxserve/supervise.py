@@ -22,6 +22,7 @@ from jaxserve.engine_process import ENGINE_COMMAND, EngineProcess
 MAX_RESTARTS = 5  # without a healthy stretch in between
 HEALTHY_AFTER_S = 60.0
 STOP_GRACE_S = 10.0
+PARTING_S = 3.0  # for an engine that is not ready to end the hosts that follow it
 
 logger = logging.getLogger("jaxserve.launch")
 
@@ -70,14 +71,16 @@ class EngineSupervisor:
             await asyncio.sleep(min(2 ** (num_restarts - 1) / 2, 10))
 
     async def stop(self) -> None:
-        """End the engine: ask, then insist. One that still loads has nothing to finish."""
+        """End the engine: ask, then insist. One that still loads has nothing to finish, but others that wait
+        for it if there are several hosts."""
         self._is_stopping = True
         if self._process is None:
             return
-        if self._protocol is not None and self._client.ready_since_s is not None:
+        is_ready, leads = self._client.ready_since_s is not None, (self._config.nnodes or 1) > 1
+        if self._protocol is not None and (is_ready or leads):
             self._protocol.send(Shutdown())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), STOP_GRACE_S)
+                await asyncio.wait_for(self._process.wait(), STOP_GRACE_S if is_ready else PARTING_S)
                 return
         self._process.kill()
         await self._process.wait()

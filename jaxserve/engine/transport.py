@@ -72,13 +72,15 @@ class ThreadLink:
 
 class SocketLink:
     """The engine's end between processes. A closed connection reads as Shutdown, after `on_lost`:
-    without a client process there is nobody to serve."""
+    without a client process there is nobody to serve. `on_shutdown` hears of one that is sent at once, on a
+    thread, whatever the engine is busy with."""
 
     def __init__(self, connection: socket.socket, on_lost: Callable[[], None]):
         connection.setblocking(True)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self._connection = connection
         self._on_lost = on_lost
+        self.on_shutdown: Callable[[], None] = lambda: None
         self._inbox = Inbox()
         self._lock = threading.Lock()  # an engine of several hosts may end from another thread
         self._reader = threading.Thread(target=self._read_forever, name="jaxserve-inbox", daemon=True)
@@ -106,7 +108,10 @@ class SocketLink:
                     break
                 if len(header) < LENGTH_BYTES or len(body) < length:
                     break
-                self._inbox.put(decoder.decode(body))
+                message = decoder.decode(body)
+                if isinstance(message, Shutdown):
+                    self.on_shutdown()
+                self._inbox.put(message)
         self._on_lost()
         self._inbox.put(Shutdown())
 

@@ -149,6 +149,8 @@ class Follower:
         error = None
         try:
             work()
+        except JaxserveError as failure:
+            error = failure.message
         except FAILURES as failure:
             logger.exception("An order of host 0 failed.")
             error = str(failure).partition("\n")[0] or repr(failure)

@@ -23,7 +23,7 @@ from jaxserve.engine.transport import LENGTH_BYTES, encode_frame
 from jaxserve.hosts.messages import Beat
 
 BEAT_S = 1.0
-SILENCE_S = 10.0  # without a word, and the peer is lost
+SILENCE_S = 20.0  # without a word, and the peer is lost; a busy Python may well be late by seconds
 HANDSHAKE_S = 10.0  # for each message of a peer that has proved nothing
 MAX_HANDSHAKE_BYTES = 1 << 16
 NONCE_BYTES = 32

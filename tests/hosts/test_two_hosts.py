@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -29,6 +30,16 @@ READY_S = 300
 NOTICED_S = 15  # until a lost host is told; it takes one or two seconds
 
 
+def find_two_ports() -> int:
+    """The first of two free ones, below those that the system gives to connections."""
+    for port in range(21000 + os.getpid() % 1000 * 10, 32000, 2):
+        with socket.socket() as first, socket.socket() as second, contextlib.suppress(OSError):
+            first.bind(("127.0.0.1", port))
+            second.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("no two ports are free")
+
+
 class TwoHosts:
     """Host 0 and host 1, each `jaxserve launch` with the same flags but its rank."""
 
@@ -43,7 +54,7 @@ class TwoHosts:
             *("--compilation-cache-dir", str(folder / "programs"), *flags),
             *("--nnodes", "2", "--tp-size", "4", "--dist-token", "secret", "--port", str(port)),
             *("--served-model-name", "m"),
-            *("--dist-init-addr", f"127.0.0.1:{find_free_port('127.0.0.1')}", "--dist-timeout", "120"),
+            *("--dist-init-addr", f"127.0.0.1:{find_two_ports()}", "--dist-timeout", "120"),
         )
         self.processes = [self.start(rank) for rank in (0, 1)]
 
@@ -77,9 +88,10 @@ class TwoHosts:
 
 
 @contextlib.contextmanager
-def start_hosts(hosts: TwoHosts) -> Iterator[TwoHosts]:
+def start_hosts(hosts: TwoHosts, *, is_ready: bool = True) -> Iterator[TwoHosts]:
     try:
-        hosts.wait_until_ready()
+        if is_ready:
+            hosts.wait_until_ready()
         yield hosts
     finally:
         for process in hosts.processes:
@@ -163,6 +175,15 @@ def test_ctrl_c_on_a_follower_is_told_and_host_0_ends_all(hosts):
     hosts.wait_until_ready()
     leader.send_signal(signal.SIGINT)
     assert [process.wait(60) for process in hosts.processes] == [0, 0]
+
+
+def test_ctrl_c_on_host_0_ends_all_while_they_start(tmp_path):
+    model_path = write_tiny_checkpoint(tmp_path / "model", "qwen2")
+    with start_hosts(TwoHosts(tmp_path, model_path, "--tokenizer-path", "bytes"), is_ready=False) as hosts:
+        while "Load weight begin" not in hosts.log():
+            time.sleep(0.1)
+        hosts.processes[0].send_signal(signal.SIGINT)
+        assert [process.wait(60) for process in hosts.processes] == [0, 0]
 
 
 def test_they_see_what_one_would_see(tmp_path):
