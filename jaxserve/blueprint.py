@@ -117,7 +117,7 @@ def sketch_model(
     tp_size = placement.num_devices
     division = family.divide(cfg, tp_size)
     local_cfg = division.local_cfg
-    grouping = _choose_grouping(config, files, machine, specs, division)
+    grouping = _choose_grouping(config, files, machine, specs, division, placement)
     reads_packed = grouping.is_packed and not grouping.limit
     precision = choose_precision(config, machine, checkpoint_bits(files, specs), reads_packed=reads_packed)
     is_int4 = precision.quantization == "int4"
@@ -224,6 +224,7 @@ def _choose_grouping(
     machine: Machine,
     specs: Sequence[ParamSpec],
     division: Division,
+    placement: Placement,
 ) -> Grouping:
     """What is served in 4 bits if anything is, and for which reason it is not unless somebody asks for it.
 
@@ -233,6 +234,8 @@ def _choose_grouping(
     has_kernel = has_int4_kernel(machine.platform, machine.compute_capability)
     marked = division.cut_specs(mark_groups(specs, grouping.group_sizes))
     limit = grouping.limit or find_grouping_limit(marked, by_kernel=has_kernel)
+    if placement.held is not None:
+        limit = limit or "hosts that share a model do not read packed matrices in parts"
     if limit and config.quantization == "int4":
         raise ConfigError(
             f"quantization int4 cannot serve {config.model_path} on {division.num_devices} "
