@@ -110,7 +110,7 @@ class Follower:
         while True:
             order = self._orders.get()
             if isinstance(order, Step):
-                runner.step(order.plan, order.programs)
+                runner.step_as(order.plan, order.programs)
             elif isinstance(order, Rehearse):
                 runner.rehearse_program(order.programs)
             elif isinstance(order, ReadUpdate):

@@ -34,7 +34,7 @@ class LeadRunner:
     def step(self, plan: StepPlan) -> PendingStep:
         programs = self._runner.choose(plan)
         self._leader.broadcast(Step(plan, programs))
-        return self._runner.step(plan, programs)
+        return self._runner.step_as(plan, programs)
 
     def rehearse(self) -> bool:
         programs = self._runner.find_unrehearsed()

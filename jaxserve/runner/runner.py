@@ -155,9 +155,12 @@ class ModelRunner:
         assert self._encoder is not None, "a model that reads text only has an image to encode"
         return StepPrograms(tuple(shapes), self._encoder.choose(plan.encode))
 
-    def step(self, plan: StepPlan, chosen: StepPrograms | None = None) -> PendingStep:
-        """Launch a plan, as the programs chosen, and return at once."""
-        chosen = chosen or self.choose(plan)
+    def step(self, plan: StepPlan) -> PendingStep:
+        """Launch a plan and return at once. The plan must fit `limits()`."""
+        return self.step_as(plan, self.choose(plan))
+
+    def step_as(self, plan: StepPlan, chosen: StepPrograms) -> PendingStep:
+        """The same, as the programs that `choose` gave, here or on the host that leads."""
         self.programs.background.note_step(is_pressed=plan.num_waiting > 0)
         for init in plan.inits:
             self._init_slot(init)

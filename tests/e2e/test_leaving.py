@@ -19,7 +19,6 @@ import pytest
 import requests
 from sanic import Sanic
 
-from jaxserve.runner.runner import StepPrograms
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.server.app import create_app
 from jaxserve.server.settings import TextTools
@@ -47,12 +46,12 @@ class Turnstile:
         self.is_somebody_waiting = False
         engine.runner.step = self.step
 
-    def step(self, plan: StepPlan, chosen: StepPrograms | None = None) -> Any:
+    def step(self, plan: StepPlan) -> Any:
         self.is_somebody_waiting = True
         self._permits.acquire()
         self.is_somebody_waiting = False
         self.num_let_through += 1
-        return self._step(plan, chosen)
+        return self._step(plan)
 
     def let_through(self, num_steps: int) -> None:
         self._permits.release(num_steps)

@@ -116,7 +116,7 @@ def test_a_crowd_with_images_under_retraction_gets_what_each_would_get_alone(tmp
             await engine.wait_until_warm()
             num_compiles = engine.runner.compiles.num_compiles
             run_step = engine.runner.step
-            engine.runner.step = lambda plan, chosen=None: (plans.append(plan), run_step(plan, chosen))[1]
+            engine.runner.step = lambda plan: (plans.append(plan), run_step(plan))[1]
             task = asyncio.create_task(engine.generate("left", *prompts[0], max_new_tokens=100))
             crowd = await ask_all(engine, together=True)
             task.cancel()

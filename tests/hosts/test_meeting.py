@@ -219,7 +219,7 @@ class FakeRunner:
     def choose(self, plan: StepPlan) -> StepPrograms:
         return StepPrograms((Shape(1, 0), Shape(0, 16)))
 
-    def step(self, plan: StepPlan, chosen: StepPrograms) -> str:
+    def step_as(self, plan: StepPlan, chosen: StepPrograms) -> str:
         self.done.append((plan, chosen))
         return "pending"
 
