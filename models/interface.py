@@ -74,6 +74,7 @@ class ParamSpec:
     sharding, one an axis; `cuts` say how each is cut, if devices share the parameter (models/sharding.py).
     `group_size` is of a matrix that is served in 4 bits: inputs of the checkpoint that share a scale.
     `held` are those of the devices whose parts this process holds; None if all.
+    `experts` are equal parts of the rows, of which a step reads those that its tokens chose.
     """
 
     path: str
@@ -83,6 +84,7 @@ class ParamSpec:
     cuts: tuple[Cut | None, ...] = ()
     group_size: int = 0  # 0: not served in 4 bits
     held: range | None = None
+    experts: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -239,7 +239,11 @@ def write_real_golden(
 
 def load_model(directory: Path, gguf_file: str | None = None) -> Any:
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, gguf_file=gguf_file, dtype=torch.float32, attn_implementation="eager"
+        directory,
+        gguf_file=gguf_file,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",  # torch's grouped products want wider experts
     )
     return model.eval()
 

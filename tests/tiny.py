@@ -10,6 +10,7 @@ Every size that may differ from another does, so that a transposed or mixed-up a
     llama          54      6   2  12 (not 54 / 6)   94  its own   llama3 rope scaling over 64 positions
     llama_tied     60      6   3  10                74  tied      no scaling, as SmolLM2
     qwen2          48      6   2  8                106  tied      biases on q, k and v
+    qwen3_moe      54      6   2  10 (not 54 / 6)   38  its own   norms on q and k, 2 of 5 experts a token
 
 A weight is a pure function of (model, seed, tensor name), drawn with integer arithmetic only, so that it is
 the same bits on every machine and NumPy release; the golden files depend on that.
@@ -26,7 +27,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-TINY_NAMES = ("llama", "llama_tied", "qwen2")
+GGUF_NAMES = ("llama", "llama_tied", "qwen2")  # of families that are read from GGUF files, too
+TINY_NAMES = (*GGUF_NAMES, "qwen3_moe")
 
 BOS_ID = 1
 EOS_IDS = (2, 3)
@@ -95,6 +97,30 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "use_sliding_window": False,
     },
+    "qwen3_moe": _SHARED_CONFIG
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "head_dim": 10,
+        "hidden_size": 54,
+        "intermediate_size": 94,  # of layers without experts, which there are none of
+        "max_window_layers": 2,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 38,
+        "norm_topk_prob": True,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+    },
 }
 
 
@@ -119,9 +145,17 @@ def tiny_tensor_shapes(name: str) -> dict[str, tuple[int, ...]]:
                 shapes[f"{prefix}.self_attn.{letter}_proj.bias"] = (out_width,)
         shapes[f"{prefix}.self_attn.o_proj.weight"] = (width, q_width)
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (width,)
-        shapes[f"{prefix}.mlp.gate_proj.weight"] = (ffn, width)
-        shapes[f"{prefix}.mlp.up_proj.weight"] = (ffn, width)
-        shapes[f"{prefix}.mlp.down_proj.weight"] = (width, ffn)
+        mlps = [f"{prefix}.mlp"]
+        if cfg["model_type"] == "qwen3_moe":
+            ffn = cfg["moe_intermediate_size"]
+            mlps = [f"{prefix}.mlp.experts.{expert}" for expert in range(cfg["num_experts"])]
+            shapes[f"{prefix}.mlp.gate.weight"] = (cfg["num_experts"], width)
+            for letter in "qk":
+                shapes[f"{prefix}.self_attn.{letter}_norm.weight"] = (head_dim,)
+        for mlp in mlps:
+            shapes[f"{mlp}.gate_proj.weight"] = (ffn, width)
+            shapes[f"{mlp}.up_proj.weight"] = (ffn, width)
+            shapes[f"{mlp}.down_proj.weight"] = (width, ffn)
     shapes["model.norm.weight"] = (width,)
     if not cfg["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (vocab, width)

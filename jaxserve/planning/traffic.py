@@ -1,8 +1,9 @@
 """What one step must move and multiply on one device, at the least: counted from shapes, nothing measured.
 
-Bytes: every weight once, but of an embedding that is not also the head only the rows of the step's tokens; K
-and V of each row's context once, and those written. FLOPs: two a weight and token (the head's for rows that
-sample), four a query head, channel and attended token. Collectives: a sum over the devices behind the two
+Bytes: every weight once, but of an embedding that is not also the head only the rows of the step's tokens,
+and of experts as many as tokens would hit that choose at random; K and V of each row's context once, and
+those written. FLOPs: two a weight and token (the head's for rows that sample, and of experts those of the
+token), four a query head, channel and attended token. Collectives: a sum over the devices behind the two
 products of a layer that are cut by columns, and behind the embedding; float32, as the residual stream is.
 """
 
@@ -55,10 +56,12 @@ def count_traffic(sketch: ModelSketch, work: StepWork) -> Traffic:
     for spec in specs:
         is_lookup = spec.kind == "embedding"
         read_share = 1.0 if not is_lookup or is_tied else min(1.0, num_tokens / spec.shape[0])
+        chosen_share = cfg.num_chosen / spec.experts if spec.experts > 1 else 1.0
+        read_share *= 1 - (1 - chosen_share) ** num_tokens if chosen_share < 1 else 1.0
         weight_bytes += int(read_share * _device_bytes(sketch, spec))
         if len(spec.shape) == 2 and (is_tied or not is_lookup):
             times = num_sampled if is_lookup or _is_head(spec) else num_tokens
-            matmul_flops += 2 * times * spec.shape[0] * spec.shape[1] / tp_size
+            matmul_flops += 2 * times * chosen_share * spec.shape[0] * spec.shape[1] / tp_size
     # A chunk's token attends to what is before the chunk, and to half of the chunk.
     attended = work.num_rows * work.context
     attended += work.num_chunk_tokens * (work.context * (work.num_rows == 0) + work.num_chunk_tokens / 2)

@@ -13,6 +13,7 @@ from jaxserve.planning.roofline import bound_serving, bound_step, bound_ttft, co
 from jaxserve.planning.shapes import find_model
 from jaxserve.planning.slices import list_slices
 from jaxserve.planning.traffic import StepWork, count_traffic
+from tests.tiny import write_tiny_checkpoint
 
 # Of Llama 3 8B: a layer's matrices, and its head.
 LAYER_WEIGHTS = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
@@ -45,6 +46,18 @@ def test_a_tied_embedding_is_read_as_the_head():
     whole = sketch(model="qwen2.5-0.5b")
     traffic = count_traffic(whole, StepWork(num_rows=1, context=1))
     assert traffic.weight_bytes == whole.param_bytes
+
+
+def test_of_experts_a_step_takes_those_that_its_tokens_choose(tmp_path):
+    model = str(write_tiny_checkpoint(tmp_path, "qwen3_moe"))  # two of five experts a token
+    whole = sketch(model=model, context=64, dtype="float32")
+    one, many = (count_traffic(whole, StepWork(num_rows=rows, context=1)) for rows in (1, 64))
+    expert_bytes = 4 * 3 * 5 * (3 * 38 * 54)  # of three layers
+    embedding_bytes = 4 * 63 * 54
+    assert many.weight_bytes - one.weight_bytes == pytest.approx(0.6 * expert_bytes + embedding_bytes, abs=9)
+    assert many.matmul_flops == pytest.approx(64 * one.matmul_flops)
+    layer_weights = 54 * (6 + 2 * 2) * 10 + 6 * 10 * 54 + 5 * 54 + 2 * (3 * 38 * 54)
+    assert one.matmul_flops == pytest.approx(2 * (3 * layer_weights + 307 * 54))
 
 
 def test_a_step_reads_no_vision_encoder():

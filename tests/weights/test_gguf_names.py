@@ -17,7 +17,7 @@ from tests import tiny
 from tests.weights.gguf_files import write_model, write_tensors
 
 
-@pytest.mark.parametrize("name", tiny.TINY_NAMES)
+@pytest.mark.parametrize("name", tiny.GGUF_NAMES)
 def test_every_tensor_equals_the_hugging_face_one(tmp_path: Path, name: str) -> None:
     tensors = tiny.tiny_tensors(name)
     checkpoint = open_gguf_checkpoint(write_model(tmp_path / "m.gguf", tiny.tiny_config(name), tensors))
@@ -57,7 +57,7 @@ def test_unknown_names_are_left_as_they_are() -> None:
     assert hf_name("rope_freqs.weight") == "rope_freqs.weight"
 
 
-@pytest.mark.parametrize("name", tiny.TINY_NAMES)
+@pytest.mark.parametrize("name", tiny.GGUF_NAMES)
 def test_metadata_becomes_the_config_of_the_hugging_face_model(tmp_path: Path, name: str) -> None:
     config = tiny.tiny_config(name) | {"rope_scaling": None}
     file = open_gguf(write_model(tmp_path / "m.gguf", config, tiny.tiny_tensors(name)))

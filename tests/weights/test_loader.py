@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxserve.errors import WeightError
-from jaxserve.models import llama, qwen2
+from jaxserve.models import llama, qwen2, qwen3_moe
 from jaxserve.models.interface import ParamSpec, TensorSource
 from jaxserve.models.quant import Matrix, QuantizedMatrix, hadamard
 from jaxserve.weights import building
@@ -26,7 +26,7 @@ from jaxserve.weights.served import DTYPES, count_served_bytes, describe_params
 from tests import tiny
 from tests.weights.gguf_files import write_model, write_tensors
 
-FAMILIES = {"llama": llama, "llama_tied": llama, "qwen2": qwen2}
+FAMILIES = {"llama": llama, "llama_tied": llama, "qwen2": qwen2, "qwen3_moe": qwen3_moe}
 
 
 def ignore_progress(message: str, done_bytes: int, total_bytes: int | None) -> None:
@@ -55,8 +55,11 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("source", ["safetensors", "shards", "gguf"])
-@pytest.mark.parametrize("name", tiny.TINY_NAMES)
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [(name, source) for name in tiny.TINY_NAMES for source in ("safetensors", "shards")]
+    + [(name, "gguf") for name in tiny.GGUF_NAMES],
+)
 def test_parameters_are_their_sources_joined(tmp_path: Path, name: str, source: str) -> None:
     tensors = tiny.tiny_tensors(name)
     if source == "gguf":

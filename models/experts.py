@@ -1,0 +1,107 @@
+"""Mixture of experts: which experts a token goes to, and the MLPs of those that are chosen.
+
+A token goes to some of the E experts, in a copy each. The copies are sorted by expert, and each expert's are
+filled up to whole tiles of rows, so that a tile is one MLP. A loop runs over the tiles that are there: what
+nobody chose is neither read nor multiplied by.
+
+    copies by expert    e0: a b c | e1: none | e2: d
+    rows, in tiles of 2     a b | c - | d -
+
+Letters beside the usual ones: K experts of a token, P copies (T x K), I tiles, M rows of all tiles, R of one.
+The matrices of all experts lie below each other: they are loaded, cut and quantised like any other.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.models.quant import GroupedMatrix, Int4Matrix, Matrix, QuantizedMatrix, gated_mlp
+
+MOST_TILE_ROWS = 64  # more of them are filled up in vain
+
+
+class Tiles(NamedTuple):
+    """Where copies go, and whose the tiles are; those from `num_tiles` on hold nothing."""
+
+    row_P: jax.Array  # int32, in M
+    expert_I: jax.Array  # int32
+    num_tiles: jax.Array  # int32
+
+
+def choose_experts(logits_TE: jax.Array, num_chosen: int, normalizes: bool) -> tuple[jax.Array, jax.Array]:
+    """The likeliest experts of each token, int32 [T, K], and their shares, float32 [T, K]: of all experts'
+    probability, or of their own where `normalizes`."""
+    probability_TE = jax.nn.softmax(logits_TE.astype(jnp.float32), axis=-1)
+    share_TK, expert_TK = jax.lax.top_k(probability_TE, num_chosen)
+    if normalizes:
+        share_TK = share_TK / share_TK.sum(axis=-1, keepdims=True)
+    return expert_TK, share_TK
+
+
+def run_experts(
+    h_TD: jax.Array,
+    expert_TK: jax.Array,
+    share_TK: jax.Array,
+    w_gate_up_FD: Matrix,
+    w_down_DF: Matrix,
+    num_experts: int,
+) -> jax.Array:
+    """The sum of what each token's experts make of it, by their shares: [T, D] float32.
+
+    Of each expert the rows of gate stand before those of up, and those of the next behind.
+    """
+    num_tokens, num_chosen = expert_TK.shape
+    num_copies = num_tokens * num_chosen
+    tile_rows = choose_tile_rows(num_copies, num_experts)
+    tiles = plan_tiles(expert_TK.reshape(-1), num_experts, tile_rows)
+    num_rows = len(tiles.expert_I) * tile_rows
+    token_M = jnp.full(num_rows, num_tokens, jnp.int32)  # behind the last: a row of zeros
+    token_M = token_M.at[tiles.row_P].set(jnp.arange(num_copies, dtype=jnp.int32) // num_chosen)
+    x_MD = h_TD.at[token_M].get(mode="fill", fill_value=0)
+
+    def run_tile(index: jax.Array, y_MD: jax.Array) -> jax.Array:
+        expert, first = tiles.expert_I[index], index * tile_rows
+        matrices = (take_part(w, expert, num_experts) for w in (w_gate_up_FD, w_down_DF))
+        rows_RD = gated_mlp(jax.lax.dynamic_slice_in_dim(x_MD, first, tile_rows), *matrices)
+        return jax.lax.dynamic_update_slice_in_dim(y_MD, rows_RD, first, 0)
+
+    y_MD = jnp.zeros(x_MD.shape, jnp.float32)
+    y_MD = jax.lax.fori_loop(jnp.int32(0), tiles.num_tiles, run_tile, y_MD)
+    y_TKD = y_MD[tiles.row_P].reshape(num_tokens, num_chosen, -1)
+    return (y_TKD * share_TK[:, :, None]).sum(axis=1)
+
+
+def choose_tile_rows(num_copies: int, num_experts: int) -> int:
+    """About what an expert gets: a power of two."""
+    return min(MOST_TILE_ROWS, 1 << (-(-num_copies // num_experts) - 1).bit_length())
+
+
+def plan_tiles(expert_P: jax.Array, num_experts: int, tile_rows: int) -> Tiles:
+    """The tiles of copies by their experts; as many as may be needed at most."""
+    num_copies = len(expert_P)
+    is_of_PE = expert_P[:, None] == jnp.arange(num_experts, dtype=jnp.int32)
+    rank_P = jnp.take_along_axis(jnp.cumsum(is_of_PE, axis=0, dtype=jnp.int32), expert_P[:, None], axis=1)
+    tiles_E = -(-is_of_PE.sum(axis=0, dtype=jnp.int32) // tile_rows)
+    end_E = jnp.cumsum(tiles_E, dtype=jnp.int32)
+    row_P = (end_E - tiles_E)[expert_P] * tile_rows + rank_P[:, 0] - 1
+    most_tiles = min(num_copies, num_experts + num_copies // tile_rows)
+    expert_I = jnp.searchsorted(end_E, jnp.arange(most_tiles, dtype=jnp.int32), side="right")
+    return Tiles(row_P, expert_I.astype(jnp.int32), end_E[-1])
+
+
+def take_part(w_FD: Matrix, index: jax.Array, count: int) -> Matrix:
+    """One of `count` equal parts of a matrix's rows, of any type."""
+
+    def take(x: jax.Array, axis: int = 0) -> jax.Array:
+        size = x.shape[axis] // count
+        return jax.lax.dynamic_slice_in_dim(x, index * size, size, axis)
+
+    if isinstance(w_FD, GroupedMatrix):
+        q_FC, scale_GF, zero_GF = w_FD.packed
+        return GroupedMatrix(Int4Matrix(take(q_FC), take(scale_GF, 1), take(zero_GF, 1)), w_FD.multiply)
+    if isinstance(w_FD, QuantizedMatrix):
+        return QuantizedMatrix(take(w_FD.q_FD), take(w_FD.scale_F))
+    return take(w_FD)
