@@ -29,6 +29,9 @@ from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 # devices that share the vocabulary wait for each other in every block.
 TPU_BLOCK_ROWS = 8
 TPU_DRAWN_ROWS = 16
+# More than a step has: each turn of a loop on a GPU waits until the host has read whether there is another.
+GPU_BLOCK_ROWS = 4096
+DRAWN_ROWS = {"cpu": BLOCK_ROWS, "gpu": GPU_BLOCK_ROWS, "tpu": TPU_DRAWN_ROWS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,8 @@ def choose_kernels(target: KernelTarget) -> KernelSet:
     if target.num_devices == 1:
         return kernels
     shards = Shards(target.num_devices)
-    block_rows = TPU_DRAWN_ROWS if target.platform == "tpu" else BLOCK_ROWS
-    choose_tokens = partial(sampling_ref.choose_tokens, shards=shards, block_rows=block_rows)
+    drawn_rows = DRAWN_ROWS[target.platform]
+    choose_tokens = partial(sampling_ref.choose_tokens, shards=shards, block_rows=drawn_rows)
     return replace(kernels, shards=shards, choose_tokens=choose_tokens)
 
 
@@ -104,7 +107,9 @@ def _choose_for_one(target: KernelTarget) -> KernelSet:
         return XLA_KERNELS
     limit = _find_gpu_limit(target.compute_capability)
     if limit:
-        return replace(XLA_KERNELS, name=f"xla ({limit})")
+        choose_tokens = partial(sampling_ref.choose_tokens, block_rows=GPU_BLOCK_ROWS)
+        name = f"xla ({limit})"
+        return replace(XLA_KERNELS, name=name, choose_tokens=choose_tokens, block_rows=GPU_BLOCK_ROWS)
     # Below jax 0.11 these imports fail, so they wait until they are known to be wanted.
     from jaxserve.kernels_pallas.int4_matmul.gpu import int4_matmul
     from jaxserve.kernels_pallas.kv_write.gpu import rope_write
@@ -123,6 +128,7 @@ def _choose_for_one(target: KernelTarget) -> KernelSet:
         paged_prefill=XLA_KERNELS.paged_prefill if prefill_limit else paged_prefill,
         choose_tokens=choose_tokens,
         int4_matmul=int4_matmul,
+        block_rows=GPU_BLOCK_ROWS,
     )
 
 
