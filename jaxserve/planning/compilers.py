@@ -81,7 +81,7 @@ def choose_programs(blueprint: Blueprint) -> list[Shape]:
 def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) -> list[ProgramReport]:
     """Each program compiled for the devices of one copy of the model. One that does not compile says why."""
     sketch = blueprint.sketch
-    devices = _describe_devices(where)[: sketch.tp_size]
+    devices = _describe_devices(where.find_part(sketch.tp_size))[: sketch.tp_size]
     placement = make_placement(devices)
     alone = SingleDeviceSharding(devices[0])  # of all arrays, where there is no mesh
     checkpoint = replace(sketch.checkpoint, placement=placement)

@@ -93,10 +93,11 @@ def _bound_sums(traffic: Traffic, tp_size: int, where: Slice) -> float:
     """
     if tp_size == 1:
         return 0.0
-    chip, num_links, hops = where.chip, 1, 1
+    part = where.find_part(tp_size)
+    chip, num_links, hops = part.chip, 1, 1
     if not chip.is_switched:
-        axes = [(n, dim) for n, dim in zip(where.find_group(tp_size), where.dims, strict=True) if n > 1]
-        rings = [n == dim and chip.wraps(dim, where.dims) for n, dim in axes]
+        axes = [(n, dim) for n, dim in zip(part.find_group(tp_size), part.dims, strict=True) if n > 1]
+        rings = [n == dim and chip.wraps(dim, part.dims) for n, dim in axes]
         num_links = max(1, sum(2 if is_ring else 1 for is_ring in rings))
         hops = max(1, sum(n // 2 if ring else n - 1 for (n, _), ring in zip(axes, rings, strict=True)))
     sent_bytes = 2 * (tp_size - 1) / tp_size * traffic.sum_bytes

@@ -33,6 +33,14 @@ class Slice:
     def __str__(self) -> str:
         return f"{self.chip.name}:{'x'.join(map(str, self.dims))}"
 
+    def find_part(self, num_devices: int) -> Slice:
+        """The smallest slice sold that so many devices fill evenly: what a copy of a model is launched on, as
+        programs for some devices of a large one do not compile. This one if there is none."""
+        sold = (Slice(chip=self.chip, dims=_read_dims(self.chip, size)) for size in self.chip.slices)
+        parts = [part for part in sold if part.num_devices < self.num_devices]
+        parts = [part for part in parts if part.num_devices % num_devices == 0]
+        return min(parts, key=lambda part: part.num_devices, default=self)
+
     def find_group(self, num_devices: int) -> tuple[int, ...]:
         """The grid of the first so many devices: those of a host are a square, and hosts follow each other
         along the first axis."""

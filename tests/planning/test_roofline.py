@@ -122,16 +122,17 @@ def test_sequences_are_bounded_by_pages_and_by_rows():
         ("v5e:2x2", 4, (2, 2), 2, 2),  # of its four links a device uses two
         ("v5e:4x4", 4, (2, 2), 2, 2),
         ("v5e:4x4", 16, (4, 4), 2, 6),
-        ("v5e:16x16", 32, (16, 2), 3, 9),  # a whole axis of a pod is a ring
+        ("v5e:16x16", 32, (4, 8), 2, 10),  # a slice of its own
+        ("v5e:16x16", 256, (16, 16), 4, 16),  # a whole axis of a pod is a ring
         ("v5p:2x2x2", 8, (2, 2, 2), 3, 3),
-        ("v5p:4x4x4", 8, (4, 2, 1), 3, 3),
+        ("v5p:4x4x4", 8, (2, 2, 2), 3, 3),
     ],
 )
 def test_sums_cross_the_grid_of_their_devices_on_the_links_that_it_has(
     topology, tp_size, group, num_links, hops
 ):
     made = fit(topology, tp_size=tp_size)
-    assert made.where.find_group(tp_size) == group
+    assert made.where.find_part(tp_size).find_group(tp_size) == group
     bound = bound_step(made.sketch, made.where, StepWork(num_rows=512, context=1))
     sent_bytes = 2 * (tp_size - 1) / tp_size * 512 * 4096 * 4
     link_s = sent_bytes / (num_links * made.where.chip.link_bytes_per_s)

@@ -29,6 +29,17 @@ def test_devices_are_what_jax_shows():
     assert (tpu7x.num_chips, tpu7x.num_devices) == (4, 8)
 
 
+def test_a_copy_is_launched_on_a_slice_that_it_fills():
+    (large,) = list_slices(["v5e:16x16"])
+    assert [str(large.find_part(count)) for count in (1, 2, 16, 32)] == [
+        "v5e:1x1",
+        "v5e:2x2",
+        "v5e:4x4",
+        "v5e:4x8",
+    ]
+    assert large.find_part(256) == large
+
+
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
