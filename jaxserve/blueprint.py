@@ -258,4 +258,5 @@ def _describe_target(
         compute_capability=machine.compute_capability,
         num_devices=num_devices,
         device_kind=machine.device_kind,
+        tuned=machine.tuned,
     )

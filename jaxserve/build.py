@@ -30,6 +30,7 @@ from jaxserve.runner.runner import ModelRunner
 from jaxserve.runner.sizing import Machine, check_devices
 from jaxserve.scheduler.features import FeatureCache
 from jaxserve.scheduler.state import SchedulerState, new_state
+from jaxserve.tuning import TUNED_NAME, find_tuned
 from jaxserve.types import EngineInfo
 from jaxserve.weights.cache import cache_dir
 from jaxserve.weights.placement import choose_devices, make_placement
@@ -83,11 +84,14 @@ def build_runner(
     """The runner, with weights and its first programs, on this host's part of the devices. Raises as
     `build_engine` does."""
     machine = read_machine()
-    if hosts is not None:
-        machine = hosts.agree_hardware(machine)
     check_devices(config, machine)
-    use_compile_cache(_compile_cache_dir(config, machine))
-    blueprint = draw_blueprint(config, files, machine, make_placement(choose_devices(config.tp_size)))
+    cache = _compile_cache_dir(config, machine)
+    use_compile_cache(cache)
+    placement = make_placement(choose_devices(config.tp_size))
+    machine = find_tuned(config, files, machine, placement, cache / TUNED_NAME, on_progress)
+    if hosts is not None:
+        machine = hosts.agree_hardware(machine)  # host 0's sizes are everybody's
+    blueprint = draw_blueprint(config, files, machine, placement)
     _log_precision(config, machine, blueprint.sketch)
     runner = _load_runner(blueprint, on_progress, hosts or OneHost())
     if hosts is not None:

@@ -233,6 +233,11 @@ class ServerConfig:
     dp_size: int = _flag(
         "Devices", "copies of the model", default=1, low=1, aliases=("dp", "data_parallel_size")
     )
+    tune_kernels: bool = _flag(
+        "Devices",
+        "time the sizes of the TPU kernels' blocks at start, and keep the fastest beside compiled programs",
+        default=False,
+    )
     compilation_cache_dir: str | None = _flag(
         "Devices", "where compiled programs are kept [the user's cache folder]", default=None, is_path=True
     )

@@ -20,7 +20,7 @@ from jaxserve.kernels_pallas.kv_write.limits import find_write_limit
 from jaxserve.kernels_pallas.paged_attention import ref as paged_attention_ref
 from jaxserve.kernels_pallas.paged_attention.decode_plan import find_decode_limit
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import find_prefill_limit
-from jaxserve.kernels_pallas.paged_attention.tpu_plan import ANOTHER_CHIP, CHIPS, find_limit
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import ANOTHER_CHIP, CHIPS, TunedBlocks, find_limit
 from jaxserve.kernels_pallas.row_blocks import BLOCK_ROWS
 from jaxserve.kernels_pallas.sampling import ref as sampling_ref
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
@@ -71,6 +71,7 @@ class KernelTarget:
     compute_capability: str = ""  # of a GPU, as in "9.0"
     num_devices: int = 1  # that share each layer
     device_kind: str = ""  # as JAX calls it: which chip the sizes of a TPU's blocks are for
+    tuned: tuple[TunedBlocks, ...] = ()  # sizes that were timed, of any chip
 
 
 XLA_KERNELS = KernelSet(
@@ -143,7 +144,8 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
     from jaxserve.kernels_pallas.paged_attention.tpu_prefill import paged_prefill
     from jaxserve.kernels_pallas.paged_attention.tpu_step import list_step_work
 
-    chip = CHIPS.get(target.device_kind, ANOTHER_CHIP)
+    tuned = tuple(row for row in target.tuned if row.device_kind == target.device_kind)
+    chip = replace(CHIPS.get(target.device_kind, ANOTHER_CHIP), tuned=tuned)
     unknown = (
         "" if target.device_kind in CHIPS else f"; no figures of {target.device_kind!r}, so others' sizes"
     )

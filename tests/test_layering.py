@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 # The composition roots put the rooms together and may import everything.
 ROOTS = {
     *("__init__", "__main__", "build", "cli", "engine_main", "follow", "follower_main", "launch"),
-    *("launch_server", "llm", "supervise"),
+    *("launch_server", "llm", "supervise", "tuning"),
 }
 
 # One edge is allowed inside functions only: a tokenizer may lie in a .gguf file.
@@ -67,6 +67,7 @@ ARRAYS: dict[str, set[str]] = {
     "engine_main": ARRAY_LIBRARIES,
     "follower_main": ARRAY_LIBRARIES,
     "llm": ARRAY_LIBRARIES,
+    "tuning": ARRAY_LIBRARIES,
 }
 
 SHIPPED = shipped_files()

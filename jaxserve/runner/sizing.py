@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import TunedBlocks
 
 GIB = 1 << 30
 PAGE_SIZE = {"tpu": 128, "gpu": 64, "cpu": 16}
@@ -30,6 +31,7 @@ class Machine:
     compute_capability: str = ""  # of a GPU, as in "9.0"
     device_kind: str = ""  # as JAX calls it
     updates_bf16_in_place: bool = True  # or a step copies the whole pool, if it is bfloat16
+    tuned: tuple[TunedBlocks, ...] = ()  # sizes of kernels' blocks that were timed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

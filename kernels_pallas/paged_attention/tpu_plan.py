@@ -11,13 +11,13 @@ it once a step for all of them. Two rows of 300 and 100 tokens between padding, 
 
 Sizes come from a model of the chip: so many bytes must be under way as arrive during the latency of a copy,
 and a tile of a prefill must have so many rows that products take longer than copies. None of it was ever
-timed on a TPU. Knows nothing of how a block is attended to.
+timed on a TPU; sizes that were (tpu_tuned.py) go before it. Knows nothing of how a block is attended to.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
@@ -35,6 +35,8 @@ MAX_UNROLLED = 16  # pairs of an item and a unit of heads whose instructions may
 PREFILL_BLOCK_TOKENS = 256
 PREFILL_PRODUCT_ROWS = 256  # of queries, in one product
 PREFILL_BUFFER_BYTES = 24 << 20
+QUERY_ROW_BYTES = LANES * (4 + 4 + 2 + 4 + 4 + 4 + 4)  # q twice, as an operand, maximum, sum, output twice
+MIN_TILE_TOKENS, MAX_TILE_TOKENS = 16, 256  # of a prefill
 VMEM_LIMIT_BYTES = 48 << 20  # the smallest of the chips has 64 MiB
 
 # Rows of `tiles_FL`. RUN: of the tile, whose row of the table it reads; TOKEN, POSITION: of its first query,
@@ -44,12 +46,42 @@ FIRST_TILE, NUM_ITEMS = range(2)  # rows of `cores_2C`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """How the work is cut. Block tokens are a power of two, and whole pages."""
+
+    block_tokens: int  # B
+    num_items: int  # of a trip, whose copies are under way together: E
+    tile_tokens: int  # I
+    num_cores: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunedBlocks:
+    """Blocks that were the fastest of several on a chip, and for which pool and queries."""
+
+    device_kind: str
+    jax_version: str
+    layout: PagesLayout
+    page_size: int
+    rows_per_token: int  # of 128 numbers that the queries of a token take, in a prefill; 0 for decode
+    blocks: Blocks
+    time_s: float  # of a launch
+    model_time_s: float  # with the blocks that are chosen where nothing was timed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Chip:
     """What the sizes of blocks depend on: public figures, of one core."""
 
     bytes_per_s: float
     flops_per_s: float  # bf16
     num_cores: int = 1  # that share one JAX device
+    tuned: tuple[TunedBlocks, ...] = ()
+
+    def find_tuned(self, layout: PagesLayout, page_size: int, rows_per_token: int) -> Blocks | None:
+        key = (layout, page_size, rows_per_token)
+        rows = (row for row in self.tuned if (row.layout, row.page_size, row.rows_per_token) == key)
+        return next((row.blocks for row in rows), None)
 
 
 CHIPS = {
@@ -77,18 +109,11 @@ def _list(choices: tuple[int | str, ...]) -> str:
     return ", ".join(map(str, choices))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Blocks:
-    """How the work is cut. Block tokens are a power of two, and whole pages."""
-
-    block_tokens: int  # B
-    num_items: int  # of a trip, whose copies are under way together: E
-    tile_tokens: int  # I
-    num_cores: int
-
-
 def choose_decode_blocks(layout: PagesLayout, page_size: int, tokens_per_row: int, chip: Chip) -> Blocks:
     """Blocks and items of a trip, so that its copies hide their latency and its products each other's."""
+    tuned = chip.find_tuned(layout, page_size, 0)
+    if tuned is not None:
+        return replace(tuned, tile_tokens=tokens_per_row)
     trip_bytes = chip.bytes_per_s * COPY_LATENCY_S
     token_bytes = (layout.num_rows + layout.num_scale_rows) * LANES * 4
     block_tokens = MAX_BLOCK_TOKENS
@@ -111,18 +136,21 @@ def choose_prefill_blocks(
 
     `rows_per_token` are those of 128 numbers that the queries of a token take.
     """
+    most = 1 << (num_tokens - 1).bit_length()
+    tuned = chip.find_tuned(layout, page_size, rows_per_token)
+    if tuned is not None:
+        return replace(tuned, tile_tokens=max(min(tuned.tile_tokens, most), MIN_TILE_TOKENS))
     rows_per_unit = rows_per_token / layout.num_units
     # Of a row of queries and a token of K and V: 512 flops for each chunk, and a row of words is copied once.
     rows = 2 * chip.flops_per_s / chip.bytes_per_s * layout.num_rows / layout.num_chunks
     tile_tokens = 1 << math.ceil(math.log2(max(rows / rows_per_unit, 1)))
-    row_bytes = LANES * (4 + 4 + 2 + 4 + 4 + 4 + 4)  # q twice, q as an operand, maximum, sum, output twice
-    while tile_tokens > 16 and tile_tokens * rows_per_token * row_bytes > PREFILL_BUFFER_BYTES:
+    tile_bytes = rows_per_token * QUERY_ROW_BYTES
+    while tile_tokens > MIN_TILE_TOKENS and tile_tokens * tile_bytes > PREFILL_BUFFER_BYTES:
         tile_tokens //= 2
-    most = 1 << (num_tokens - 1).bit_length()
     return Blocks(
         block_tokens=max(PREFILL_BLOCK_TOKENS, page_size),
         num_items=1,
-        tile_tokens=max(min(tile_tokens, most, 256), 16),
+        tile_tokens=max(min(tile_tokens, most, MAX_TILE_TOKENS), MIN_TILE_TOKENS),
         num_cores=chip.num_cores,
     )
 

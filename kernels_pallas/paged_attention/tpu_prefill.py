@@ -149,9 +149,14 @@ def paged_prefill(
 
 def choose_blocks(layout: PagesLayout, page_size: int, num_tokens: int, num_heads: int, chip: Chip) -> Blocks:
     """Of a prefill of so many tokens."""
-    heads_per_unit = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
-    rows_per_token = pad_sublanes(layout.num_chunks * heads_per_unit)
+    rows_per_token = count_token_rows(layout, num_heads)
     return choose_prefill_blocks(layout, page_size, num_tokens, rows_per_token, chip)
+
+
+def count_token_rows(layout: PagesLayout, num_heads: int) -> int:
+    """Y."""
+    heads_per_unit = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
+    return pad_sublanes(layout.num_chunks * heads_per_unit)
 
 
 def list_prefill_work(
