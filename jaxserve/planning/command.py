@@ -61,8 +61,8 @@ def _plan_slice(config: ServerConfig, files: ModelFiles, fit: SliceFit, options:
 
 def _open_console() -> Console:
     """The terminal, or a width that the tables need where there is none."""
-    console = Console()
-    return console if console.is_terminal else Console(width=OFF_TERMINAL_WIDTH)
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=OFF_TERMINAL_WIDTH, highlight=False)
 
 
 def _write(path: Path, text: str) -> None:

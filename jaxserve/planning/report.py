@@ -6,6 +6,7 @@ Units: bytes and seconds in the data; GiB, milliseconds and MB in the tables.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,27 +162,29 @@ def print_plan(
 
 
 def _memory_table(plans: Sequence[SlicePlan], options: PlanOptions) -> Table:
-    table = _table("Memory of a device, GiB", "slice", "chips", "copies", "fits")
-    for title in ("HBM", "weights", "pool", "free", "KV tokens", "context", f"seqs of {options.context}"):
+    table = _table("Memory of a device, GiB", "slice", "copies", "fits")
+    for title in ("HBM", "weights", "pool", "free", "KV\ntokens", "context", f"seqs of\n{options.context}"):
         table.add_column(title, justify="right", no_wrap=True)
     for plan in plans:
         fit, blueprint = plan.fit, plan.fit.blueprint
-        row = [str(fit.where), str(fit.where.num_chips), f"{fit.num_copies} on {fit.sketch.tp_size}"]
+        row = [str(fit.where), f"{fit.num_copies} on {fit.sketch.tp_size}"]
         row += ["yes" if plan.fits else "no", gib(fit.where.chip.hbm_bytes), gib(fit.sketch.param_bytes)]
         if blueprint is None:
             row += ["-", gib(-fit.missing_bytes), "-", "-", "-"]
         else:
             row += [gib(blueprint.kv_bytes), gib(plan.free_bytes)]
-            row += [f"{fit.num_copies * blueprint.sizes.num_tokens:,}", f"{fit.largest_context:,}"]
+            row += [_shorten(fit.num_copies * blueprint.sizes.num_tokens), f"{fit.largest_context:,}"]
             row.append(f"{fit.num_copies * count_sequences(blueprint, options.context):,}")
         table.add_row(*row)
     return table
 
 
 def _program_table(plans: Sequence[SlicePlan]) -> Table:
-    table = _table("Programs, compiled here", "slice", "program")
-    for title in ("compile, s", "code, MB", "temps, MB", "in place", "collectives", "compiler's, ms"):
-        table.add_column(title, justify="right")
+    units = "compile in s, code and temporaries in MB, the compiler's time in ms"
+    table = _table(f"Programs, compiled here: {units}", "slice")
+    table.add_column("program")
+    for title in ("compile", "code", "temps", "in\nplace", "collectives", "time"):
+        table.add_column(title, justify="right", no_wrap=True)
     for plan in plans:
         for one in plan.programs:
             if one.problem:
@@ -248,10 +251,20 @@ def _describe_choice(cheapest: Candidate | None, options: PlanOptions) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    table.title_justify, table.title_style = "left", "bold"
     for column in columns:
         table.add_column(column, no_wrap=True)
     return table
+
+
+def _shorten(count: int) -> str:
+    """12,345 as 12.3k, 1,234,567 as 1.23M: three digits at least."""
+    for size, letter in ((10**6, "M"), (10**3, "k")):
+        if count >= 10 * size or count >= size == 10**6:
+            digits = max(0, 2 - int(math.log10(count / size)))
+            return f"{count / size:,.{digits}f}{letter}"
+    return f"{count:,}"
 
 
 def gib(num_bytes: int) -> str:
