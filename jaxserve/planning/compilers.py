@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import math
-import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +25,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Sing
 from jaxserve.blueprint import Blueprint
 from jaxserve.kernels_pallas.shards import Shards
 from jaxserve.planning.chips import Chip
-from jaxserve.planning.estimate import count_cycles, find_largest_copy
+from jaxserve.planning.estimate import count_collectives, count_cycles, find_largest_copy
 from jaxserve.planning.slices import Slice
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
@@ -37,9 +35,6 @@ from jaxserve.runner.programs import lower_step
 from jaxserve.weights.placement import Placement, make_placement
 
 H200_CONFIG = Path(__file__).parent / "h200_target_config.textproto"
-COLLECTIVE = re.compile(
-    r"= \S+ (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +49,7 @@ class ProgramReport:
     alias_bytes: int
     state_bytes: int  # of the donated state, as counted from shapes; at least so many must be aliased
     largest_copy_bytes: int  # of an array that the program only copies
-    collectives: dict[str, int]  # a step, by name
+    collectives: dict[str, int]  # of a step in which nobody samples or asks for scores, by name
     estimate_s: float | None  # the compiler's, of a TPU's step without its kernels and collectives
     problem: str = ""  # why it did not compile; then the figures are 0
 
@@ -182,21 +177,6 @@ def _place_state(placement: Placement, specs: DeviceState, state: DeviceState) -
 
 def _place(sharding: jax.sharding.Sharding, leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def count_collectives(text: str, num_loops: int) -> dict[str, int]:
-    """Of a step, by name, in an optimised program: what is in a loop's body counts `num_loops` times.
-
-    A body is a computation that `body=` names; the loop over stacked layers is the only one with collectives.
-    """
-    bodies = set(re.findall(r"body=(%[\w.-]+)", text))
-    counts: Counter[str] = Counter()
-    name = ""
-    for line in text.splitlines():
-        if line and not line[0].isspace():
-            name = line.removeprefix("ENTRY ").partition(" ")[0]
-        counts.update(dict.fromkeys(COLLECTIVE.findall(line), num_loops if name in bodies else 1))
-    return dict(counts)
 
 
 def _read_report(

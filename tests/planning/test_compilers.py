@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.planning.compilers import count_collectives
-
 ROOT = Path(__file__).parents[2]
 TINY = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -27,21 +25,6 @@ TINY = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-HLO = """
-%body.3 (p: f32[8]) -> f32[8] {
-  %all-reduce.1 = f32[8]{0} all-reduce(%p), to_apply=%add
-  %all-reduce-start = f32[8]{0} all-reduce-start(%p), to_apply=%add
-}
-
-ENTRY %main (a: f32[8]) -> f32[8] {
-  %w = f32[8]{0} while(%a), condition=%cond.1, body=%body.3
-  %g = f32[16]{0} all-gather(%w), dimensions={0}
-}
-"""
-
-
-def test_what_is_in_the_loop_over_layers_counts_for_every_layer():
-    assert count_collectives(HLO, 5) == {"all-reduce": 10, "all-gather": 1}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")

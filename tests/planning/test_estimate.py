@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxserve.planning.estimate import count_cycles, find_largest_copy
+from jaxserve.planning.estimate import count_collectives, count_cycles, find_largest_copy
 
 HLO = """
 %nobody_asks (p: f32[8]) -> f32[8] {
@@ -10,16 +10,21 @@ HLO = """
 }
 
 %somebody_asks (p: f32[8]) -> f32[8] {
+  %g.1 = s32[2,8]{1,0} all-gather(%p), dimensions={0}
   %b = f32[8]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"700"}}
 }
 
 %bisection (p: f32[8]) -> f32[8] {
+  %r.1 = f32[8]{0} all-reduce(%p), to_apply=%add
   %c = f32[8]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"3000"}}
 }
 
 %layer (p: f32[8]) -> f32[8] {
   %d = f32[8]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"20"}}
   %copy.1 = bf16[4,7]{1,0} copy(%d)
+  %r.2 = (f32[8]{0}, f32[8]{0}) all-reduce(%d, %d), to_apply=%add
+  %r.3 = f32[8]{0} all-reduce-start(%d), to_apply=%add
+  %r.4 = f32[8]{0} all-reduce-done(%r.3)
   %e = f32[8]{0} custom-call(%d), custom_call_target="tpu_custom_call", operand_layout={}
 }
 
@@ -27,6 +32,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
   %w = f32[8]{0} while(%a), condition=%cond.1, body=%layer
   %u = f32[8]{0} while(%w), condition=%cond.2, body=%bisection
   %k = f32[8]{0} conditional(%u, %w), branch_computations={%nobody_asks, %somebody_asks}, metadata={}
+  %g.2 = f32[16]{0} all-gather(%w), dimensions={0}
   %copy.2 = s32[10]{0} copy(%k)
   %l = f32[8]{0} fusion(%k), backend_config={"window_config":{"estimated_cycles":"1"}}
 }
@@ -35,6 +41,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_layers_count_as_often_as_they_run_and_what_nobody_asks_for_does_not():
     assert count_cycles(HLO, 3) == 3 * 20 + 5 + 1
+    assert count_collectives(HLO, 3) == {"all-reduce": 3 * 2, "all-gather": 1}
 
 
 def test_another_compilers_program_has_no_cycles():
