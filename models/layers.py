@@ -129,11 +129,10 @@ def list_work(kernels: KernelSet, batch: StepBatch, kv: KVPool, num_heads: int) 
     return batch._replace(work=work)
 
 
-def split_heads(y_TF: jax.Array, head_dim: int) -> jax.Array:
-    """[T, F] to [T, A, H]: a product's channels as heads."""
-    # XLA for TPUs would give the weight this shape instead, and copy it out of its stack for that.
-    y_TF = jax.lax.platform_dependent(y_TF, tpu=jax.lax.optimization_barrier, default=lambda x: x)
-    return y_TF.reshape(len(y_TF), -1, head_dim)
+def keep_channels(y_TF: jax.Array) -> jax.Array:
+    """The same, of a product whose channels become heads with nothing between: XLA for TPUs would give the
+    weight their shape instead, and copy it out of its stack for that."""
+    return jax.lax.platform_dependent(y_TF, tpu=jax.lax.optimization_barrier, default=lambda y_TF: y_TF)
 
 
 def attend(
@@ -147,7 +146,7 @@ def attend(
 ) -> tuple[jax.Array, KVLayer]:
     """Rotate q and k, write the step's K and V to the pool, then attend: decode rows first, chunks behind
     them. `qkv_TF` holds `num_heads` heads of q, then those of k and of v; `rope` is of `rope_tables`."""
-    qkv_TAH = split_heads(qkv_TF, kv.head_dim)
+    qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, kv.head_dim)
     q_TNH, kv = kernels.rope_write(kv, qkv_TAH, *rope, batch.write_index_T, num_heads=num_heads)
     num_rows = batch.decode_slot_R.shape[0]
     # Kernels that do not want it do not know of it.

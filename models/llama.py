@@ -19,6 +19,7 @@ from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, Ten
 from jaxserve.models.layers import (
     RopeScaling,
     attend,
+    keep_channels,
     list_work,
     rms_norm,
     rope_frequencies,
@@ -167,8 +168,8 @@ class Model(nnx.Module):
             layer = nnx.merge(graphdef, params)
             h_TD = rms_norm(x_TD, layer.attn_norm_D.get_value(), cfg.norm_eps)
             qkv_TF = matmul(h_TD, layer.w_qkv_FD.get_value())
-            if layer.b_qkv_F is not None:
-                qkv_TF = qkv_TF + layer.b_qkv_F.get_value()
+            b_qkv_F = layer.b_qkv_F
+            qkv_TF = keep_channels(qkv_TF) if b_qkv_F is None else qkv_TF + b_qkv_F.get_value()
             scale = cfg.head_dim**-0.5
             o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, scale)
             x_TD = x_TD + shards.add(matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value()))

@@ -22,11 +22,11 @@ from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, Ten
 from jaxserve.models.layers import (
     RopeScaling,
     attend,
+    keep_channels,
     rms_norm,
     rope_frequencies,
     rope_tables,
     run_layers,
-    split_heads,
 )
 from jaxserve.models.quant import embed, matmul
 from jaxserve.models.sharding import Division, cut_channels, cut_evenly, cut_heads, repeat_cut
@@ -210,7 +210,7 @@ class Model(nnx.Module):
 
 def normalize_heads(qkv_TF: jax.Array, q_norm_H: jax.Array, k_norm_H: jax.Array, cfg: Config) -> jax.Array:
     """Each head of q and of k by its own rms norm; those of v as they are: [T, F] float32."""
-    qkv_TAH = split_heads(qkv_TF, cfg.head_dim)
+    qkv_TAH = keep_channels(qkv_TF).reshape(len(qkv_TF), -1, cfg.head_dim)
     q_TNH, k_TKH, v_TKH = jnp.split(qkv_TAH, [cfg.num_heads, cfg.num_heads + cfg.num_kv_heads], axis=1)
     parts = rms_norm(q_TNH, q_norm_H, cfg.norm_eps), rms_norm(k_TKH, k_norm_H, cfg.norm_eps), v_TKH
     return jnp.concatenate(parts, axis=1).reshape(qkv_TF.shape)
