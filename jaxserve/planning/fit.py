@@ -17,7 +17,7 @@ from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.models.sharding import TENSOR
 from jaxserve.planning.chips import GIB
-from jaxserve.planning.slices import Slice, choose_tp_size
+from jaxserve.planning.slices import Slice, choose_tp_size, count_copies
 from jaxserve.runner.checkpoint import read_family
 from jaxserve.runner.sizing import MEMORY_SHARE, Machine, choose_max_rows, choose_page_size
 from jaxserve.weights.placement import ALONE, Placement
@@ -38,7 +38,7 @@ class SliceFit:
 
     @property
     def num_copies(self) -> int:
-        return self.where.num_devices // self.sketch.tp_size
+        return count_copies(self.where.num_devices, self.sketch.tp_size, self.sketch.config.dp_size)
 
     @property
     def fits(self) -> bool:
@@ -63,6 +63,12 @@ def fit_slice(config: ServerConfig, files: ModelFiles, where: Slice, context: in
     """Ask what a launch on that slice would ask. Raises ConfigError for settings that no memory helps with,
     and WeightError for a model that is not served."""
     family, cfg = read_family(config.model_path, files)
+    if config.dp_size > 1 and config.dp_size * config.tp_size > where.num_devices:
+        raise ConfigError(
+            f"dp_size {config.dp_size} with tp_size {config.tp_size} needs {config.dp_size * config.tp_size} "
+            f"devices, and {where} has {where.num_devices}.",
+            param="dp_size",
+        )
     if config.tp_size == 1:
         tp_size = choose_tp_size(cfg, family.param_specs(cfg), where.num_devices // config.dp_size)
     else:

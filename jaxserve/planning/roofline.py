@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from jaxserve.blueprint import Blueprint, ModelSketch
-from jaxserve.planning.slices import Slice
+from jaxserve.planning.slices import Slice, count_copies
 from jaxserve.planning.traffic import StepWork, Traffic, count_traffic
 
 
@@ -65,7 +65,8 @@ def bound_ttft(blueprint: Blueprint, where: Slice, prompt_tokens: int) -> float:
 
 def bound_serving(blueprint: Blueprint, where: Slice, sequences: int, context: int) -> ServingBound:
     """Decoding at a steady number of sequences, each of `context` tokens."""
-    num_copies = where.num_devices // blueprint.sketch.tp_size
+    sketch = blueprint.sketch
+    num_copies = count_copies(where.num_devices, sketch.tp_size, sketch.config.dp_size)
     rows = math.ceil(sequences / num_copies)
     bound = bound_step(blueprint.sketch, where, StepWork(num_rows=rows, context=context))
     shares = {"memory": bound.memory_s, "arithmetic": bound.compute_s, "links": bound.sums_s}

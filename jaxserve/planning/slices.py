@@ -95,6 +95,11 @@ def _read_dims(chip: Chip, text: str) -> tuple[int, ...]:
     return dims
 
 
+def count_copies(num_devices: int, tp_size: int, dp_size: int) -> int:
+    """Copies of a model on a slice: as many as asked for, or as there is room for where nobody asks."""
+    return dp_size if dp_size > 1 else num_devices // tp_size
+
+
 def choose_tp_size(cfg: ModelConfig, specs: Sequence[ParamSpec], num_devices: int) -> int:
     """The most devices of a slice that can share each layer; the rest of it holds further copies.
 

@@ -28,6 +28,14 @@ def test_what_fits_says_what_is_left():
     assert 1 * GIB < made.free_bytes < 3 * GIB  # the share that is kept for programs
 
 
+def test_copies_are_as_many_as_asked_for_or_as_there_is_room_for():
+    assert (fit("v5e:4x4").sketch.tp_size, fit("v5e:4x4").num_copies) == (16, 1)
+    assert (fit("v5e:4x4", tp_size=4).num_copies, fit("v5e:4x4", tp_size=4, dp_size=2).num_copies) == (4, 2)
+    assert fit("v5e:4x4", dp_size=2).sketch.tp_size == 8
+    with pytest.raises(ConfigError, match="dp_size 2 with tp_size 4 needs 8 devices, and v5e:2x2 has 4"):
+        fit("v5e:2x2", tp_size=4, dp_size=2)
+
+
 def test_what_does_not_fit_says_by_how_much_and_what_would_help():
     made = fit("v5e:1x1")
     assert not made.fits
