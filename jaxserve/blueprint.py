@@ -135,9 +135,10 @@ def sketch_model(
         stacks_layers=machine.platform in STACKING_PLATFORMS,
     )
     images = _choose_images(config, files, checkpoint, machine.platform)
+    num_held = tp_size if placement.held is None else len(placement.held)
     return ModelSketch(
         config=config,
-        machine=share_machine(machine, tp_size if placement.held is None else len(placement.held)),
+        machine=share_machine(machine, config.dp_size * num_held),
         precision=precision,
         checkpoint=checkpoint,
         tp_size=tp_size,

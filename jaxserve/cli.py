@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,7 @@ from jaxserve.config import FIELDS, MASK, ServerConfig, flag_of
 from jaxserve.engine_process import EngineProcess
 from jaxserve.errors import ConfigError, WeightError
 from jaxserve.flags import LaunchOptions, build_parser, load_config, shipped_configs
+from jaxserve.hosts.devices import divide_devices
 from jaxserve.hosts.seat import take_seat
 from jaxserve.log import set_up_logging
 from jaxserve.planning.options import build_plan_parser, keep_to_cpu, read_plan_options
@@ -84,10 +86,11 @@ def launch(argv: list[str]) -> int:
         from jaxserve.follow import FOLLOWER_COMMAND, follow
 
         return follow(config, EngineProcess(FOLLOWER_COMMAND))
-    engine = EngineProcess()  # imports jax while we import the server
+    # They import jax while we import the server.
+    engines = [EngineProcess(environment=environment) for environment in divide_devices(config, os.environ)]
     from jaxserve.launch import run
 
-    return run(config, command=["jaxserve", "launch", *mask_secrets(argv)], first_engine=engine)
+    return run(config, command=["jaxserve", "launch", *mask_secrets(argv)], first_engines=engines)
 
 
 def plan(argv: list[str]) -> int:

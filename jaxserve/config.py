@@ -231,7 +231,11 @@ class ServerConfig:
         "Devices", "devices that share each layer", default=1, low=1, aliases=("tp", "tensor_parallel_size")
     )
     dp_size: int = _flag(
-        "Devices", "copies of the model", default=1, low=1, aliases=("dp", "data_parallel_size")
+        "Devices",
+        "copies of the model, on tp-size devices each",
+        default=1,
+        low=1,
+        aliases=("dp", "data_parallel_size"),
     )
     tune_kernels: bool = _flag(
         "Devices",

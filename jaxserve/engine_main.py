@@ -45,7 +45,8 @@ def main() -> int:
     configure = messages[0]
     if not isinstance(configure, Configure):
         return 1
-    set_up_logging(configure.config.log_level)
+    rank = configure.dp_rank
+    set_up_logging(configure.config.log_level, process_name="" if rank is None else f"dp_rank {rank} ")
     try:
         serve(configure, link)
     except JaxserveError as error:

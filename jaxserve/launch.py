@@ -1,8 +1,9 @@
 """Composition root of the server: files, tokenizer, engine process and HTTP application, put together.
 
 Called by cli.py with the settings. This process speaks HTTP and text and never imports jax; the engine is
-a process of its own (supervise.py). The port is taken before anything slow happens, the model's files are
-found or downloaded next, and HTTP answers (503, with the progress) while the engine loads and compiles.
+a process of its own (supervise.py), and so is each of several (--dp-size). The port is taken before anything
+slow happens, the model's files are found or downloaded next, and HTTP answers (503, with the progress) while
+the engine loads and compiles.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sanic import Sanic
 
 from jaxserve.config import ServerConfig
 from jaxserve.engine.client import EngineClient
+from jaxserve.engine.group import EngineGroup
+from jaxserve.engine.messages import UpdateWeights
 from jaxserve.engine_process import ENGINE_COMMAND, EngineProcess
 from jaxserve.errors import ConfigError, InvalidRequestError, JaxserveError
+from jaxserve.hosts.devices import divide_devices
 from jaxserve.progress import Progress
 from jaxserve.server.app import create_app
 from jaxserve.server.decode import decode_body
@@ -56,21 +60,26 @@ def run(
     *,
     command: list[str],
     engine_command: tuple[str, ...] = ENGINE_COMMAND,
-    first_engine: EngineProcess | None = None,
+    first_engines: Sequence[EngineProcess] = (),
 ) -> int:
     """Serve until SIGTERM or Ctrl-C; the exit status. Raises ConfigError or WeightError before serving.
 
-    `first_engine` was started from `engine_command` before this module was imported.
+    `first_engines`, one of each dp_rank, were started from `engine_command` before this module was imported.
     """
-    engine = first_engine or EngineProcess(engine_command)
+    environments = divide_devices(config, os.environ)
+    engines = first_engines or [EngineProcess(engine_command, each) for each in environments]
     try:
-        return _serve(config, command, engine_command, engine)
+        return _serve(config, command, engine_command, engines)
     finally:
-        engine.kill()
+        for engine in engines:
+            engine.kill()
 
 
 def _serve(
-    config: ServerConfig, command: list[str], engine_command: tuple[str, ...], engine: EngineProcess
+    config: ServerConfig,
+    command: list[str],
+    engine_command: tuple[str, ...],
+    engines: Sequence[EngineProcess],
 ) -> int:
     started_s = time.perf_counter()
     logger.info("server_args=%r", config)
@@ -79,19 +88,31 @@ def _serve(
     listener = _listen(config.host, config.port)
     with Progress(config.log_level) as progress:
         files = find_model(config, progress)
-    client = EngineClient()
-    supervisor = EngineSupervisor(config, local_model_path(files), client, engine_command, engine)
+    supervisors = [
+        EngineSupervisor(
+            config,
+            local_model_path(files),
+            EngineClient(rank if len(engines) > 1 else None),
+            engine_command,
+            engine,
+        )
+        for rank, engine in enumerate(engines)
+    ]
+    clients = [supervisor.client for supervisor in supervisors]
+    weights = UpdateWeights(local_model_path(files), config.load_format)
+    port = clients[0] if len(clients) == 1 else EngineGroup(clients, weights)
     tokenizer = read_tokenizer(config, files)  # while the engine loads
     logger.info("The tokenizer is ready after %.1f s.", time.perf_counter() - started_s)
     text = make_text_tools(config, files, tokenizer)
-    app = create_app(client, text, make_settings(config, files, command))
+    app = create_app(port, text, make_settings(config, files, command))
     app.config.GRACEFUL_SHUTDOWN_TIMEOUT = FLUSH_TIMEOUT_S
-    _attach_engine(app, config, client, supervisor, tokenizer, started_s)
+    _attach_engines(app, config, supervisors, tokenizer, started_s)
     calm_collector()
     app.run(sock=listener, single_process=True, motd=False, access_log=False)
-    if supervisor.failure is not None:
-        print(f"jaxserve: error: {supervisor.failure}", file=sys.stderr)
-        return supervisor.exit_status
+    for supervisor in supervisors:
+        if supervisor.failure is not None:
+            print(f"jaxserve: error: {supervisor.failure}", file=sys.stderr)
+            return supervisor.exit_status
     return 0
 
 
@@ -232,29 +253,30 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _attach_engine(
+def _attach_engines(
     app: Sanic,
     config: ServerConfig,
-    client: EngineClient,
-    supervisor: EngineSupervisor,
+    supervisors: Sequence[EngineSupervisor],
     tokenizer: Tokenizer,
     started_s: float,
 ) -> None:
-    """Start the engine with the server and end it after the last request."""
+    """Start the engines with the server and end them after the last request."""
     tasks: list[asyncio.Task[None]] = []
+    clients = [supervisor.client for supervisor in supervisors]
 
     async def start(app: Sanic) -> None:
-        tasks.append(asyncio.create_task(_supervise(app, supervisor)))
-        tasks.append(asyncio.create_task(_welcome(config, client, tokenizer, started_s)))
+        tasks.extend(asyncio.create_task(_supervise(app, supervisor)) for supervisor in supervisors)
+        tasks.append(asyncio.create_task(_welcome(config, clients, tokenizer, started_s)))
 
     async def hear_signals(app: Sanic) -> None:
-        _hear_signals(app, client, supervisor, config.drain_timeout)
+        _hear_signals(app, supervisors, config.drain_timeout)
 
     async def drain(_app: Sanic) -> None:
-        client.drain()
+        for client in clients:
+            client.drain()
 
     async def stop(app: Sanic) -> None:
-        await supervisor.stop()
+        await asyncio.gather(*(supervisor.stop() for supervisor in supervisors))
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -268,9 +290,7 @@ def _attach_engine(
     app.register_listener(stop, "after_server_stop")
 
 
-def _hear_signals(
-    app: Sanic, client: EngineClient, supervisor: EngineSupervisor, drain_timeout_s: float
-) -> None:
+def _hear_signals(app: Sanic, supervisors: Sequence[EngineSupervisor], drain_timeout_s: float) -> None:
     """SIGTERM and Ctrl-C: the first lets open requests end and then stops, the second ends all at once.
 
     Meanwhile HTTP goes on: probes are answered, and new requests get 503.
@@ -279,17 +299,20 @@ def _hear_signals(
 
     def hear(number: int) -> None:
         if tasks:
-            supervisor.kill()
+            for supervisor in supervisors:
+                supervisor.kill()
             os._exit(128 + number)
-        tasks.append(asyncio.create_task(_drain(app, client, drain_timeout_s)))
+        clients = [supervisor.client for supervisor in supervisors]
+        tasks.append(asyncio.create_task(_drain(app, clients, drain_timeout_s)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, hear, number)
 
 
-async def _drain(app: Sanic, client: EngineClient, timeout_s: float) -> None:
+async def _drain(app: Sanic, clients: Sequence[EngineClient], timeout_s: float) -> None:
     generator = app.ctx.state.generator
-    client.drain()
+    for client in clients:
+        client.drain()
     deadline_s = time.monotonic() + timeout_s
     if generator.num_open:
         logger.info("Shutting down; %d open requests have %g s to end.", generator.num_open, timeout_s)
@@ -297,7 +320,8 @@ async def _drain(app: Sanic, client: EngineClient, timeout_s: float) -> None:
         await asyncio.sleep(DRAIN_POLL_S)
     if generator.num_open:
         logger.warning("Shutting down; %d requests had not ended.", generator.num_open)
-        client.end_all("The server shut down before the request had ended.", 503)
+        for client in clients:
+            client.end_all("The server shut down before the request had ended.", 503)
         await asyncio.sleep(DRAIN_POLL_S)  # to be told so
     app.stop()
 
@@ -312,17 +336,10 @@ async def _supervise(app: Sanic, supervisor: EngineSupervisor) -> None:
 
 
 async def _welcome(
-    config: ServerConfig, client: EngineClient, tokenizer: Tokenizer, started_s: float
+    config: ServerConfig, clients: Sequence[EngineClient], tokenizer: Tokenizer, started_s: float
 ) -> None:
-    """Once the engine is ready: one request of our own, then the line that scripts wait for."""
-    while True:
-        while client.status != "ready":
-            await client.status_changed.wait()
-        failure = None if config.skip_server_warmup else await _warm_up(client, tokenizer)
-        if failure is None:
-            break
-        logger.error("The warm-up request failed: %s", failure)
-        await client.status_changed.wait()
+    """Once all engines are ready: one request of our own to each, then the line that scripts wait for."""
+    await asyncio.gather(*(_await_answer(config, client, tokenizer) for client in clients))
     logger.info("Ready after %.1f s.", time.perf_counter() - started_s)
     logger.info(
         "Listening on http://%s:%d (docs at /docs)",
@@ -330,6 +347,18 @@ async def _welcome(
         config.port,
     )
     logger.info("The server is fired up and ready to roll!")
+
+
+async def _await_answer(config: ServerConfig, client: EngineClient, tokenizer: Tokenizer) -> None:
+    """Until an engine is ready and has answered, if it is to."""
+    while True:
+        while client.status != "ready":
+            await client.status_changed.wait()
+        failure = None if config.skip_server_warmup else await _warm_up(client, tokenizer)
+        if failure is None:
+            return
+        logger.error("The warm-up request failed: %s", failure)
+        await client.status_changed.wait()
 
 
 async def _warm_up(client: EngineClient, tokenizer: Tokenizer) -> str | None:

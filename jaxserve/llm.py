@@ -61,6 +61,8 @@ class LLM:
         self.config = ServerConfig(model_path=model_path, **settings)
         if (self.config.nnodes or 1) > 1:
             raise ConfigError("LLM() runs on one host; several serve with `jaxserve launch`.", param="nnodes")
+        if self.config.dp_size > 1:
+            raise ConfigError("LLM() is one engine; several serve with `jaxserve launch`.", param="dp_size")
         with Progress(self.config.log_level) as progress:
             files = find_model(self.config, progress)
             self._tokenizer = read_tokenizer(self.config, files)
@@ -72,12 +74,7 @@ class LLM:
         server_settings = dataclasses.replace(
             make_settings(self.config, files, command=["LLM"]), max_sequences=sys.maxsize
         )
-        metrics = ServerMetrics(
-            server_settings.served_model_name,
-            read_stats=lambda: self._client.stats,
-            read_info=lambda: self._client.info,
-            read_heartbeat_age_s=lambda: self._client.heartbeat_age_s,
-        )
+        metrics = ServerMetrics(server_settings.served_model_name, self._client.engines)
         self._settings = server_settings
         self._generator = Generator(self._client, self._text, server_settings, metrics)
         self._client.connect(self._link.put)

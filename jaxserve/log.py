@@ -27,11 +27,11 @@ class CurrentStderr:
         return sys.stderr.isatty()
 
 
-def set_up_logging(level: str, http_level: str | None = None) -> None:
+def set_up_logging(level: str, http_level: str | None = None, process_name: str = "") -> None:
     """Print our records from `level` up, and other libraries' from warning up. Calling again re-sets it.
 
     `level`: "debug", "info", "warning" or "error"; `http_level` is that of the line a request, the same if
-    None. Colours are used on a terminal only.
+    None. `process_name` comes before each line's room. Colours are used on a terminal only.
     """
     threshold = logging.getLevelNamesMapping()[level.upper()]
     root = logging.getLogger()
@@ -39,7 +39,8 @@ def set_up_logging(level: str, http_level: str | None = None) -> None:
         root.removeHandler(old)
     handler = logging.StreamHandler(CurrentStderr())
     handler.name = HANDLER_NAME
-    handler.setFormatter(logging.Formatter(LINE, "%Y-%m-%d %H:%M:%S", style="{"))
+    line = LINE.replace("{room}", process_name + "{room}")
+    handler.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S", style="{"))
     handler.addFilter(_add_room_and_colour)
     root.addHandler(handler)
     root.setLevel(max(threshold, logging.WARNING))

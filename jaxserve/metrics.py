@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
@@ -57,18 +58,23 @@ REQUEST_BUCKETS_S = (
 TOKEN_COUNT_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 
 
-class ServerMetrics:
-    """All series of one app. `read_stats`, `read_info` and `read_heartbeat_age_s` are called per scrape."""
+class EngineView(Protocol):
+    """What an engine says of itself. Read per scrape."""
 
-    def __init__(
-        self,
-        model_name: str,
-        read_stats: Callable[[], EngineStats],
-        read_info: Callable[[], EngineInfo | None],
-        read_heartbeat_age_s: Callable[[], float],
-    ):
+    @property
+    def info(self) -> EngineInfo | None: ...
+    @property
+    def stats(self) -> EngineStats: ...
+    @property
+    def heartbeat_age_s(self) -> float: ...
+
+
+class ServerMetrics:
+    """All series of one app. Those of several engines are told apart by a label, dp_rank."""
+
+    def __init__(self, model_name: str, engines: Sequence[EngineView]):
         self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(model_name, read_stats, read_info, read_heartbeat_age_s))
+        self._registry.register(_EngineCollector(model_name, engines))
         self._model_name = model_name
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "Time to first token.", FIRST_TOKEN_BUCKETS_S
@@ -162,58 +168,49 @@ class _TokenTimes:
 
 
 class _EngineCollector:
-    """Reads the engine's counts at scrape time, so that nothing has to push them."""
+    """Reads the engines' counts at scrape time, so that nothing has to push them."""
 
-    def __init__(
-        self,
-        model_name: str,
-        read_stats: Callable[[], EngineStats],
-        read_info: Callable[[], EngineInfo | None],
-        read_heartbeat_age_s: Callable[[], float],
-    ):
-        self._model_name = model_name
-        self._read_stats = read_stats
-        self._read_info = read_info
-        self._read_heartbeat_age_s = read_heartbeat_age_s
+    def __init__(self, model_name: str, engines: Sequence[EngineView]):
+        self._engines = engines
+        is_single = len(engines) == 1
+        self._label_names = ["model_name"] if is_single else ["model_name", "dp_rank"]
+        self._labels = [
+            [model_name] if is_single else [model_name, str(rank)] for rank in range(len(engines))
+        ]
 
     def collect(self) -> Iterable[Metric]:
-        stats, info = self._read_stats(), self._read_info()
-        for name, text, value in _count_series(stats):
-            counter = CounterMetricFamily(name, text, labels=["model_name"])
-            counter.add_metric([self._model_name], value)
-            yield counter
-        yield self._describe_tokens(stats)
-        yield self._describe_queue_time(stats)
-        heartbeat = (
-            "jaxserve:engine_heartbeat_age_seconds",
-            "Seconds since the engine last spoke.",
-            self._read_heartbeat_age_s(),
+        counters: dict[str, CounterMetricFamily] = {}
+        gauges: dict[str, GaugeMetricFamily] = {}
+        names = self._label_names
+        tokens = CounterMetricFamily(
+            "sglang:realtime_tokens", "Tokens by how they were had.", labels=[*names, "mode"]
         )
-        for name, text, value in (*_gauge_series(stats, info), heartbeat):
-            gauge = GaugeMetricFamily(name, text, labels=["model_name"])
-            gauge.add_metric([self._model_name], value)
-            yield gauge
+        waits = HistogramMetricFamily(
+            "sglang:queue_time_seconds", "Time from arrival to admission.", labels=names
+        )
+        for labels, engine in zip(self._labels, self._engines, strict=True):
+            stats = engine.stats
+            for name, text, value in _count_series(stats):
+                counters.setdefault(name, CounterMetricFamily(name, text, labels=names))
+                counters[name].add_metric(labels, value)
+            for name, text, value in _gauge_series(stats, engine.info, engine.heartbeat_age_s):
+                gauges.setdefault(name, GaugeMetricFamily(name, text, labels=names))
+                gauges[name].add_metric(labels, value)
+            for mode, count in _count_tokens(stats):
+                tokens.add_metric([*labels, mode], count)
+            bounds = [*map(str, QUEUE_TIME_BUCKETS_S), "+Inf"]
+            counts = itertools.accumulate(stats.queue_time_counts or [0] * len(bounds))
+            waits.add_metric(labels, list(zip(bounds, counts, strict=True)), sum_value=stats.queue_time_s)
+        return [*counters.values(), tokens, waits, *gauges.values()]
 
-    def _describe_tokens(self, stats: EngineStats) -> Metric:
-        """Where tokens came from: the model's prefill, the prefix cache, or the model's decoding."""
-        counter = CounterMetricFamily(
-            "sglang:realtime_tokens", "Tokens by how they were had.", labels=["model_name", "mode"]
-        )
-        counter.add_metric([self._model_name, "prefill_compute"], stats.num_computed_tokens)
-        counter.add_metric([self._model_name, "prefill_cache"], stats.num_cached_tokens)
-        counter.add_metric([self._model_name, "decode"], stats.num_generated_tokens)
-        return counter
 
-    def _describe_queue_time(self, stats: EngineStats) -> Metric:
-        histogram = HistogramMetricFamily(
-            "sglang:queue_time_seconds", "Time from arrival to admission.", labels=["model_name"]
-        )
-        bounds = [*map(str, QUEUE_TIME_BUCKETS_S), "+Inf"]
-        counts = itertools.accumulate(stats.queue_time_counts or [0] * len(bounds))
-        histogram.add_metric(
-            [self._model_name], list(zip(bounds, counts, strict=True)), sum_value=stats.queue_time_s
-        )
-        return histogram
+def _count_tokens(stats: EngineStats) -> list[tuple[str, int]]:
+    """Where tokens came from: the model's prefill, the prefix cache, or the model's decoding."""
+    return [
+        ("prefill_compute", stats.num_computed_tokens),
+        ("prefill_cache", stats.num_cached_tokens),
+        ("decode", stats.num_generated_tokens),
+    ]
 
 
 def _count_series(stats: EngineStats) -> list[tuple[str, str, float]]:
@@ -239,7 +236,9 @@ def _count_series(stats: EngineStats) -> list[tuple[str, str, float]]:
     ]
 
 
-def _gauge_series(stats: EngineStats, info: EngineInfo | None) -> list[tuple[str, str, float]]:
+def _gauge_series(
+    stats: EngineStats, info: EngineInfo | None, heartbeat_age_s: float
+) -> list[tuple[str, str, float]]:
     hit_rate = stats.num_cached_tokens / stats.num_prompt_tokens if stats.num_prompt_tokens else 0.0
     series: list[tuple[str, str, float]] = [
         ("sglang:num_running_reqs", "Sequences running.", stats.num_running),
@@ -258,6 +257,7 @@ def _gauge_series(stats: EngineStats, info: EngineInfo | None) -> list[tuple[str
         ("jaxserve:kv_bytes", "Bytes of the KV pool now.", stats.kv_bytes),
         ("jaxserve:param_bytes", "Bytes of the parameters on the device now.", stats.param_bytes),
         ("jaxserve:host_param_bytes", "Bytes of parameters asleep on the host.", stats.host_param_bytes),
+        ("jaxserve:engine_heartbeat_age_seconds", "Seconds since the engine last spoke.", heartbeat_age_s),
     ]
     if info is None:
         return series

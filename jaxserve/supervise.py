@@ -30,7 +30,8 @@ logger = logging.getLogger("jaxserve.launch")
 class EngineSupervisor:
     """Runs as a task (`run`) until `stop`; when it gave up, `failure` is the reason and `exit_status` 2
     if that is the user's to mend (settings, files), else 1. `first_engine` is a process that was started
-    before there was a model or an event loop; those that follow come from `engine_command`."""
+    before there was a model or an event loop; those that follow come from `engine_command`, in its
+    environment."""
 
     def __init__(
         self,
@@ -41,9 +42,10 @@ class EngineSupervisor:
         first_engine: EngineProcess | None = None,
     ):
         self._engine_command = engine_command
+        self._environment = first_engine.environment if first_engine is not None else {}
         self._config = config
         self._model_path = model_path
-        self._client = client
+        self.client = client
         self._process: EngineProcess | None = None
         self._is_begun = False  # whether the process has its settings and nobody listens to it yet
         if first_engine is not None:
@@ -58,7 +60,7 @@ class EngineSupervisor:
         num_restarts = 0
         while not self._is_stopping:
             was_ready, served_s, reason = await self._run_once()
-            if self._is_stopping or self._client.status == "draining":
+            if self._is_stopping or self.client.status == "draining":
                 return
             if not was_ready and num_restarts == 0:
                 self.failure = reason
@@ -76,7 +78,7 @@ class EngineSupervisor:
         self._is_stopping = True
         if self._process is None:
             return
-        is_ready, leads = self._client.ready_since_s is not None, (self._config.nnodes or 1) > 1
+        is_ready, leads = self.client.ready_since_s is not None, (self._config.nnodes or 1) > 1
         if self._protocol is not None and (is_ready or leads):
             self._protocol.send(Shutdown())
             with contextlib.suppress(TimeoutError):
@@ -100,29 +102,30 @@ class EngineSupervisor:
 
     def _configure(self) -> Configure:
         """The settings, and the weights that were served last."""
-        update = self._client.weights
+        update = self.client.weights
         if update is None:
-            return Configure(self._config, self._model_path)
-        return Configure(dataclasses.replace(self._config, load_format=update.load_format), update.model_path)
+            return Configure(self._config, self._model_path, self.client.dp_rank)
+        config = dataclasses.replace(self._config, load_format=update.load_format)
+        return Configure(config, update.model_path, self.client.dp_rank)
 
     async def _run_once(self) -> tuple[bool, float, str]:
         """One life of the engine: whether it was ever ready, for how long, why it ended."""
         loop = asyncio.get_running_loop()
         if not self._is_begun:
-            self._begin(EngineProcess(self._engine_command))
+            self._begin(EngineProcess(self._engine_command, self._environment))
         process, self._is_begun = self._process, False
         assert process is not None
         lost = asyncio.Event()
-        protocol = self._protocol = FrameProtocol(self._client.handle, lost.set)
-        self._client.connect(protocol.send)  # before its first words, which may be waiting already
+        protocol = self._protocol = FrameProtocol(self.client.handle, lost.set)
+        self.client.connect(protocol.send)  # before its first words, which may be waiting already
         await loop.create_connection(lambda: protocol, sock=process.connection)
         code = await process.wait()
         self.exit_status = 2 if code == 2 else 1
         await lost.wait()  # so that its last words are read
         how = f"was ended by signal {-code}" if code < 0 else f"ended with status {code}"
-        reason = self._client.failure or f"The engine process {how}."
-        self._client.lose(reason)
-        ready_since_s = self._client.ready_since_s
+        reason = self.client.failure or self.client.sign(f"The engine process {how}.")
+        self.client.lose(reason)
+        ready_since_s = self.client.ready_since_s
         if ready_since_s is None:
             return False, 0.0, reason
         return True, time.monotonic() - ready_since_s, reason

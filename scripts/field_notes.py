@@ -74,6 +74,8 @@ FIELD_NOTES: dict[str, str] = {
     "rid": "An id of the client's choice, for `/abort_request`; must be unique among open requests.",
     "request_id": "xLLM's name for `rid`, which wins.",
     "priority": "Higher ones are admitted first. Also HIGH (1), NORMAL or DEFAULT (0), LOW (-1).",
+    "routed_dp_rank": "The copy of the model that is to serve it, counted from 0; there are `--dp-size`.",
+    "data_parallel_rank": "SGLang's older name for `routed_dp_rank`, which wins.",
     "cache_salt": "Requests with different salts never share cached pages.",
     "extra_key": "Another name for `cache_salt`.",
 }

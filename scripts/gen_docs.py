@@ -23,6 +23,8 @@ import msgspec
 
 from jaxserve.config import FIELDS, allowed, flag_of
 from jaxserve.cuda_flags import IGNORED_FLAGS
+from jaxserve.engine.client import EngineClient
+from jaxserve.engine.messages import Ready
 from jaxserve.errors import ERROR_KINDS, InvalidRequestError
 from jaxserve.flags import shipped_configs
 from jaxserve.metrics import ServerMetrics
@@ -45,7 +47,7 @@ from jaxserve.server.schemas import (
     REFUSED_BY_COMPLETIONS,
     REFUSED_BY_GENERATE,
 )
-from jaxserve.types import EngineInfo, EngineStats, SamplingParams
+from jaxserve.types import EngineInfo, SamplingParams
 from scripts import plan_table
 from scripts.field_notes import FIELD_NOTES
 
@@ -322,8 +324,9 @@ def _make_generate_reply() -> GenerateReply:
 def render_metrics() -> str:
     """Every series of /metrics, from an exposition with an engine that has told its facts."""
     info = EngineInfo(**{field.name: _zero(str(field.type)) for field in dataclasses.fields(EngineInfo)})
-    metrics = ServerMetrics("model", EngineStats, lambda: info, lambda: 0.0)
-    text = metrics.render().decode()
+    client = EngineClient()
+    client.handle(Ready(info))
+    text = ServerMetrics("model", client.engines).render().decode()
     helps = dict(re.findall(r"^# HELP (\S+) (.*)$", text, re.M))
     kinds = dict(re.findall(r"^# TYPE (\S+) (.*)$", text, re.M))
     rows = [(code(name), kinds[name], helps[name]) for name in sorted(helps) if not name.endswith("_created")]

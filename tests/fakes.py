@@ -11,7 +11,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +22,7 @@ from sanic import Sanic
 
 from jaxserve.errors import OverloadedError, UnavailableError
 from jaxserve.images import PlacedImage
+from jaxserve.metrics import EngineView
 from jaxserve.server.app import create_app
 from jaxserve.server.settings import ServerSettings, TextTools
 from jaxserve.text.chat_template import BUILTIN_TEMPLATES, ChatTemplate
@@ -88,7 +89,7 @@ def score_by_id(ids: list[int], row: int, params: ScoreParams) -> TokenScores:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Submitted:
     """What an engine was asked to do."""
 
@@ -98,6 +99,7 @@ class Submitted:
     priority: int
     cache_salt: str
     images: tuple[PlacedImage, ...] = ()
+    dp_rank: int | None = None
 
 
 @dataclass(slots=True)
@@ -132,6 +134,7 @@ class FakeEngine:
     status: str = "ready"
     status_message: str = ""
     heartbeat_age_s: float = 0.01
+    others: tuple[EngineView, ...] = ()  # engines behind the same server, of which only their counts are read
     stats: EngineStats = field(default_factory=EngineStats)
     can_flush: bool = True
     flush_timeouts: list[float] = field(default_factory=list)
@@ -142,6 +145,10 @@ class FakeEngine:
     left: list[str] = field(default_factory=list)
     _live: dict[str, asyncio.Event] = field(default_factory=dict)  # set when the user asks for an abort
     _left_times: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def engines(self) -> Sequence[EngineView]:
+        return (self, *self.others)
 
     def live_rids(self) -> Iterable[str]:
         return self._live.keys()
@@ -200,22 +207,15 @@ class FakeEngine:
         priority: int = 0,
         cache_salt: str = "",
         images: tuple[PlacedImage, ...] = (),
+        dp_rank: int | None = None,
     ) -> AsyncGenerator[TokenDelta, None]:
         if self.status != "ready":
             raise UnavailableError(f"The engine is {self.status}.")
         if self.max_live is not None and len(self._live) >= self.max_live:
             raise OverloadedError("The queue is full.", retry_after_s=self.retry_after_s)
         num_cached = self._count_cached(prompt_ids)
-        self.submitted.append(
-            Submitted(
-                rid=rid,
-                prompt_ids=prompt_ids,
-                params=params,
-                priority=priority,
-                cache_salt=cache_salt,
-                images=images,
-            )
-        )
+        asked = Submitted(rid, prompt_ids, params, priority, cache_salt, images, dp_rank)
+        self.submitted.append(asked)
         self._live[rid] = asyncio.Event()
         first = TokenDelta(
             rid=rid,

@@ -175,5 +175,7 @@ def test_what_is_impossible_is_refused_with_a_sentence(llm):
         llm.generate("hello", SamplingParams(logprobs=0, logprob_start=6))
     with pytest.raises(InvalidRequestError, match="at least one message"):
         llm.chat([[]])
+    with pytest.raises(JaxserveError, match="is one engine; several serve with `jaxserve launch`"):
+        LLM("configs/tiny", dp_size=2)
     with pytest.raises(TypeError, match="no setting modle"):
         LLM("configs/tiny", modle=1)

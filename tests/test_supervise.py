@@ -51,5 +51,5 @@ def test_an_engine_that_never_gets_a_model_ends_with_the_launch(tmp_path):
     engine = EngineProcess((sys.executable, "-c", WAITS_FOR_US))
     config = ServerConfig(model_path=str(tmp_path / "missing"), port=port)
     with pytest.raises(ConfigError):
-        launch.run(config, command=[], first_engine=engine)
+        launch.run(config, command=[], first_engines=[engine])
     assert asyncio.run(asyncio.wait_for(engine.wait(), 10)) != 0

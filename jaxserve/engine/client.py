@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -33,6 +33,7 @@ from jaxserve.engine.messages import (
     ToEngine,
     UpdateWeights,
 )
+from jaxserve.engine.routing import weigh
 from jaxserve.errors import InvalidRequestError, UnavailableError
 from jaxserve.images import PlacedImage
 from jaxserve.types import WEIGHTS, EngineInfo, EngineStats, FinishReason, TokenDelta, TokenParams
@@ -55,15 +56,18 @@ logger = logging.getLogger("jaxserve.engine")
 
 
 class EngineClient:
-    """All methods belong to one event loop. `send` is given by the transport (`connect`)."""
+    """All methods belong to one event loop. `send` is given by the transport (`connect`). Of several engines
+    each has a `dp_rank`, which is told where one speaks for itself."""
 
-    def __init__(self):
+    def __init__(self, dp_rank: int | None = None):
+        self.dp_rank = dp_rank
         self._send: Callable[[ToEngine], None] | None = None
         # A rid may be used again as soon as its request is over here, while deltas of the old one are still
         # on their way; on the wire each request has an id of its own.
         self._open: dict[str, _Mailbox] = {}  # by wire id
         self._wire_ids: dict[str, str] = {}  # by rid
         self._num_requests = 0
+        self.load_tokens = 0  # that all open requests weigh
         self._calls: dict[int, asyncio.Future[Answer]] = {}
         self._num_calls = 0
         self._change: asyncio.Task[Any] | None = None  # going to sleep, or waking up
@@ -75,8 +79,13 @@ class EngineClient:
         self.failure: str | None = None  # its last words, if it had any
         self.stats = EngineStats()
         self.status = "starting"
-        self.status_message = "The engine is starting."
+        self.status_message = self.sign("The engine is starting.")
         self.status_changed = asyncio.Event()
+
+    @property
+    def engines(self) -> Sequence[EngineClient]:
+        """Itself: there may be several behind a server (engine/group.py)."""
+        return (self,)
 
     @property
     def heartbeat_age_s(self) -> float:
@@ -89,13 +98,17 @@ class EngineClient:
         self._last_heard_s = time.monotonic()
         self.ready_since_s, self.failure = None, None
         if self.status != "draining":
-            self._set_status("starting", "The engine is starting.")
+            self._set_status("starting", self.sign("The engine is starting."))
 
     def drain(self) -> None:
         """Take no more requests; those open go on, unless generation is paused: then they would never end."""
         self._set_status("draining", "The server is shutting down and takes no more requests.")
         if self.stats.is_paused:
             self.end_all(PAUSED_WHILE_DRAINING, 503)
+
+    def sign(self, sentence: str) -> str:
+        """The sentence, with which of several engines says it."""
+        return sentence if self.dp_rank is None else f"dp_rank {self.dp_rank}: {sentence}"
 
     def lose(self, reason: str) -> None:
         """The engine is gone: every open request fails with the reason."""
@@ -123,7 +136,8 @@ class EngineClient:
                 if mailbox is not None:  # else its listener has left; the abort is on its way
                     mailbox.put(delta)
         elif isinstance(message, Starting):
-            self.status_message = f"The engine is starting: {message.message} ({message.fraction:.0%})."
+            words = f"The engine is starting: {message.message} ({message.fraction:.0%})."
+            self.status_message = self.sign(words)
         elif isinstance(message, Ready):
             self.info = message.info
             self.ready_since_s = time.monotonic()
@@ -137,8 +151,8 @@ class EngineClient:
             if future is not None and not future.done():
                 future.set_result(message)
         elif isinstance(message, Failed):
-            self.failure = message.message
-            self.lose(message.message)
+            self.failure = self.sign(message.message)
+            self.lose(self.failure)
 
     async def generate(
         self,
@@ -149,8 +163,9 @@ class EngineClient:
         priority: int = 0,
         cache_salt: str = "",
         images: tuple[PlacedImage, ...] = (),
+        dp_rank: int | None = None,
     ) -> AsyncGenerator[TokenDelta, None]:
-        """Submit a request and yield its deltas; the last one has `finish` set.
+        """Submit a request and yield its deltas; the last one has `finish` set. `dp_rank` can only be 0.
 
         Raises UnavailableError unless the engine is ready, InvalidRequestError if the rid is in use.
         Closing the iterator early aborts the request.
@@ -166,6 +181,7 @@ class EngineClient:
         wire_id = f"{rid}/{self._num_requests}"
         self._open[wire_id] = mailbox
         self._wire_ids[rid] = wire_id
+        self.load_tokens += weigh(len(prompt_ids))
         is_over = False
         try:
             self._send(Submit(wire_id, prompt_ids, params, priority, cache_salt, images))
@@ -178,6 +194,7 @@ class EngineClient:
         finally:
             if not is_over:
                 self.abort(rid)
+            self.load_tokens -= weigh(len(prompt_ids))
             del self._open[wire_id], self._wire_ids[rid]
 
     def abort(self, rid: str) -> None:

@@ -15,10 +15,12 @@ from jaxserve.types import EngineInfo, EngineStats, TokenDelta, TokenParams
 
 
 class Configure(msgspec.Struct, frozen=True, tag=True):
-    """The first message to an engine process. `model_path` is where the files lie on this machine."""
+    """The first message to an engine process. `model_path` is where the files lie on this machine; `dp_rank`
+    says which of several engines it is."""
 
     config: ServerConfig
     model_path: str
+    dp_rank: int | None = None
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):

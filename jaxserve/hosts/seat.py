@@ -60,6 +60,12 @@ def check_seat(config: ServerConfig) -> None:
         )
     if num_hosts == 1:
         return
+    if config.dp_size > 1:
+        raise ConfigError(
+            f"dp_size above 1 is served on one host, and these {num_hosts} share a single copy of the model. "
+            "Start a server for each copy, or set nnodes to 1 to serve from this host alone.",
+            param="dp_size",
+        )
     if config.dist_init_addr is None:
         raise ConfigError(
             "Several hosts need --dist-init-addr HOST:PORT: the address of host 0, the same on each.",

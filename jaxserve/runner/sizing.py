@@ -85,12 +85,7 @@ def choose_precision(
 
 
 def check_devices(config: ServerConfig, machine: Machine) -> None:
-    """Raise ConfigError for more devices than there are, or for a use of them that is not served."""
-    if config.dp_size != 1:
-        raise ConfigError(
-            "dp_size above 1 is not served in this version: start a server for each copy of the model.",
-            param="dp_size",
-        )
+    """Raise ConfigError for more devices than there are. They are those of one engine of dp_size."""
     if config.tp_size > machine.num_devices:
         remedy = "Lower it, or make more devices visible to this process."
         if machine.platform == "cpu":
@@ -106,7 +101,7 @@ def check_devices(config: ServerConfig, machine: Machine) -> None:
 
 
 def share_machine(machine: Machine, num_devices: int) -> Machine:
-    """The machine as each of some devices has it: several that are one CPU share its memory."""
+    """The machine as each of all engines' devices has it: several that are one CPU share its memory."""
     if machine.platform != "cpu":
         return machine
     return replace(
@@ -197,7 +192,8 @@ def _choose_chunks(config: ServerConfig, platform: str, context_length: int) -> 
 def _pool_budget(config: ServerConfig, machine: Machine, param_bytes: int) -> int:
     """Bytes that the pool and the slots may take together. What others hold already is not ours to take."""
     if machine.platform == "cpu" and config.mem_fraction_static is None:
-        return min(CPU_KV_BYTES // config.tp_size, (machine.free_bytes - param_bytes) // 2)
+        share_bytes = CPU_KV_BYTES // (config.tp_size * config.dp_size)
+        return min(share_bytes, (machine.free_bytes - param_bytes) // 2)
     wanted_bytes = int(machine.memory_bytes * (config.mem_fraction_static or MEMORY_SHARE))
     if machine.platform == "cpu":
         return min(wanted_bytes, machine.free_bytes) - param_bytes

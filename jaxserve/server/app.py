@@ -50,12 +50,7 @@ def create_app(
         configure_logging=False,
         request_class=cast(type[Request], read_request),
     )
-    metrics = ServerMetrics(
-        settings.served_model_name,
-        read_stats=lambda: engine.stats,
-        read_info=lambda: engine.info,
-        read_heartbeat_age_s=lambda: engine.heartbeat_age_s,
-    )
+    metrics = ServerMetrics(settings.served_model_name, engine.engines)
     app.ctx.state = AppState(
         engine=engine,
         text=text,

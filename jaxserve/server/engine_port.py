@@ -6,10 +6,11 @@ methods are called from one event loop.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Collection, Iterable, Sequence
 from typing import Protocol
 
 from jaxserve.images import PlacedImage
+from jaxserve.metrics import EngineView
 from jaxserve.types import EngineInfo, EngineStats, TokenDelta, TokenParams
 
 
@@ -26,13 +27,22 @@ class DeltaStream(Protocol):
 
 
 class EnginePort(Protocol):
+    """One engine, or several with a copy of the model each that are used as one."""
+
     @property
-    def info(self) -> EngineInfo | None:
-        """None until the engine is ready."""
+    def engines(self) -> Sequence[EngineView]:
+        """Each of them, in the order of dp_rank."""
         ...
 
     @property
-    def stats(self) -> EngineStats: ...
+    def info(self) -> EngineInfo | None:
+        """What one engine is and can do, whichever serves; None until all are ready."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """Of all engines together."""
+        ...
 
     @property
     def status(self) -> str:
@@ -58,8 +68,10 @@ class EnginePort(Protocol):
         priority: int = 0,
         cache_salt: str = "",
         images: tuple[PlacedImage, ...] = (),
+        dp_rank: int | None = None,
     ) -> DeltaStream:
-        """Submit a request and stream its tokens. `images` stand in the prompt in this order.
+        """Submit a request and stream its tokens. `images` stand in the prompt in this order. `dp_rank` is an
+        index of `engines`; None is any of them.
 
         Raises UnavailableError when the engine is not ready and OverloadedError when its queue is
         full, at the call or at the first delta.

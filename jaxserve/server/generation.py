@@ -52,6 +52,7 @@ class Job:
     field_names: Mapping[str, str] = field(default_factory=dict)
     has_special_tokens: bool = False  # a rendered chat template brings its own
     priority: int = 0
+    dp_rank: int | None = None  # the engine that the client chose
     cache_salt: str = ""
     stream_interval: int | None = None
     scores: ScoreParams | None = None  # of prompt positions, where a route asks for more than `sampling` can
@@ -153,7 +154,7 @@ class Generator:
         """
         started_s = time.perf_counter()
         info = self.require_ready()
-        _check_jobs(jobs, info, self._settings)
+        _check_jobs(jobs, info, self._settings, len(self._engine.engines))
         for job in jobs:
             if isinstance(job.prompt, str):
                 check_text_fits(self._tokenizer, job.prompt, job.prompt_field, info)
@@ -255,6 +256,7 @@ class Generator:
                         params=replace(params, seed=read_seed(sampling, self._random)),
                         sampling=sampling,
                         priority=job.priority,
+                        dp_rank=job.dp_rank,
                         cache_salt=job.cache_salt,
                         stream_interval=job.stream_interval or self._settings.stream_interval,
                         allowance=allowance,
@@ -269,7 +271,7 @@ def _name_choices(job: Job) -> list[str]:
     return [job.rid] if job.sampling.n == 1 else [f"{job.rid}_{choice}" for choice in range(job.sampling.n)]
 
 
-def _check_jobs(jobs: list[Job], info: EngineInfo, settings: ServerSettings) -> None:
+def _check_jobs(jobs: list[Job], info: EngineInfo, settings: ServerSettings, num_engines: int) -> None:
     """What can be checked before tokenising."""
     checked: SamplingParams | None = None
     for job in jobs:
@@ -284,6 +286,11 @@ def _check_jobs(jobs: list[Job], info: EngineInfo, settings: ServerSettings) -> 
             raise InvalidRequestError(
                 f"priority must be between -{_MAX_PRIORITY} and {_MAX_PRIORITY}, got {job.priority}.",
                 param="priority",
+            )
+        if job.dp_rank is not None and not 0 <= job.dp_rank < num_engines:
+            raise InvalidRequestError(
+                f"routed_dp_rank must be between 0 and {num_engines - 1} on this server, got {job.dp_rank}.",
+                param="routed_dp_rank",
             )
         if job.stream_interval is not None and job.stream_interval < 1:
             raise InvalidRequestError(

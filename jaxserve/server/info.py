@@ -71,7 +71,8 @@ async def show_model_info(request: Request) -> HTTPResponse:
 
 
 async def show_server_info(request: Request) -> HTTPResponse:
-    """Every resolved flag, then the facts and live counts that benchmark clients read."""
+    """Every resolved flag, then the facts and live counts that benchmark clients read. Sizes are of one
+    engine, counts of all; `internal_states` has an entry for each."""
     state = state_of(request)
     info, settings = _require_info(state), state.settings
     flags = {name: value for name, value in settings.server_args.items() if name not in _SECRET_ARGS}
@@ -86,7 +87,7 @@ async def show_server_info(request: Request) -> HTTPResponse:
         "startup_time": info.startup_s,
         "platform": info.platform,
         "device_kind": info.device_kind,
-        "num_devices": info.num_devices,
+        "num_devices": sum(each.info.num_devices for each in state.engine.engines if each.info),
         "dtype": info.dtype,
         "quantization": info.quantization,
         "context_length": info.context_length,
@@ -99,7 +100,10 @@ async def show_server_info(request: Request) -> HTTPResponse:
         "weight_version": state.weights.version,
         **_count_load(state.engine.stats),
         **_describe_memory(state.engine.stats),
-        "internal_states": [_describe_engine(info, state.engine.stats)],
+        "internal_states": [
+            _describe_engine(each.info or info, each.stats, len(state.engine.engines))
+            for each in state.engine.engines
+        ],
     }
     return json_response({**flags, **facts})
 
@@ -127,12 +131,12 @@ def _describe_memory(stats: EngineStats) -> dict[str, Any]:
     }
 
 
-def _describe_engine(info: EngineInfo, stats: EngineStats) -> dict[str, Any]:
+def _describe_engine(info: EngineInfo, stats: EngineStats, dp_size: int) -> dict[str, Any]:
     return {
         "last_gen_throughput": stats.gen_throughput,
         "avg_spec_accept_length": stats.spec_accept_length or None,
         "effective_max_running_requests_per_dp": info.max_running_requests,
-        "dp_size": 1,
+        "dp_size": dp_size,
         "memory_usage": {
             "weight": round(stats.param_bytes / 2**30, 3),  # GiB
             "kvcache": round(stats.kv_bytes / 2**30, 3),

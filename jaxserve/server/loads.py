@@ -1,6 +1,6 @@
 """/v1/loads and /get_load: what load balancers ask, in SGLang's shape, from counts that are there already.
 
-There is one engine behind this server, so there is one entry, of dp_rank 0. Knows nothing of generation.
+There is one entry for each engine behind this server, by dp_rank. Knows nothing of generation.
 """
 
 from __future__ import annotations
@@ -40,35 +40,43 @@ async def show_loads(request: Request) -> HTTPResponse:
     layout = query.get("format", "json")
     if layout not in ("json", "prometheus"):
         raise InvalidRequestError(f"format must be json or prometheus, got {layout!r}.", param="format")
-    loads = (
-        [_describe_load(info, state.engine.stats, sections)] if _wants_rank_0(query.get("dp_rank")) else []
-    )
+    rank = _read_rank(query.get("dp_rank"))
+    loads = [
+        {"dp_rank": order, **_describe_load(each.info or info, each.stats, sections)}
+        for order, each in enumerate(state.engine.engines)
+        if rank in (None, order)
+    ]
     if layout == "prometheus":
         return HTTPResponse(_render_gauges(loads), content_type="text/plain; version=0.0.4; charset=utf-8")
     body = {
         "timestamp": datetime.now(UTC).isoformat(),
         "version": __version__,
         "accelerator": info.device_kind,
-        "num_accelerators": info.num_devices,
+        "num_accelerators": sum(each.info.num_devices for each in state.engine.engines if each.info),
         "loads": loads,
     }
     return json_response(body)
 
 
 async def show_load(request: Request) -> HTTPResponse:
-    """The older form of /v1/loads: a list with one entry."""
+    """The older form of /v1/loads: a list with the same entries."""
     state = state_of(request)
-    info, stats = _require_info(state), state.engine.stats
-    num_used = _count_used(info, stats)
-    entry = {
-        "dp_rank": 0,
+    info = _require_info(state)
+    entries = [
+        {"dp_rank": rank, **_count_load(each.info or info, each.stats)}
+        for rank, each in enumerate(state.engine.engines)
+    ]
+    return json_response(entries)
+
+
+def _count_load(info: EngineInfo, stats: EngineStats) -> dict[str, Any]:
+    return {
         "num_reqs": stats.num_running + stats.num_queued,
         "num_waiting_reqs": stats.num_queued,
-        "num_tokens": num_used + stats.num_waiting_tokens,
+        "num_tokens": _count_used(info, stats) + stats.num_waiting_tokens,
         "num_pending_tokens": stats.num_waiting_tokens,
         "ts_tic": time.time(),
     }
-    return json_response([entry])
 
 
 def _require_info(state: AppState) -> EngineInfo:
@@ -80,7 +88,6 @@ def _describe_load(info: EngineInfo, stats: EngineStats, sections: Sequence[str]
     num_used = _count_used(info, stats)
     hit_rate = stats.num_cached_tokens / stats.num_prompt_tokens if stats.num_prompt_tokens else 0.0
     load: dict[str, Any] = {
-        "dp_rank": 0,
         "timestamp": time.time(),
         "num_running_reqs": stats.num_running,
         "num_waiting_reqs": stats.num_queued,
@@ -125,21 +132,22 @@ def _read_sections(include: str | None) -> Sequence[str]:
     return SECTIONS if "all" in sections else sections
 
 
-def _wants_rank_0(given: str | None) -> bool:
+def _read_rank(given: str | None) -> int | None:
     if given is None:
-        return True
+        return None
     if not given.isdecimal() or len(given) > 9:
         raise InvalidRequestError(f"dp_rank must be a whole number, got {given!r}.", param="dp_rank")
-    return int(given) == 0
+    return int(given)
 
 
 def _render_gauges(loads: list[dict[str, Any]]) -> str:
-    lines = []
+    samples: dict[str, list[str]] = {}
     for load in loads:
         flat = {key: value for key, value in load.items() if isinstance(value, int | float)}
         for section in ("memory", "queues"):
             flat |= {f"{section}_{key}": value for key, value in load.get(section, {}).items()}
         rank = flat.pop("dp_rank")
         for key, value in flat.items():
-            lines += [f"# TYPE sglang_{key} gauge", f'sglang_{key}{{dp_rank="{rank}"}} {value}']
+            samples.setdefault(key, []).append(f'sglang_{key}{{dp_rank="{rank}"}} {value}')
+    lines = [line for key, found in samples.items() for line in (f"# TYPE sglang_{key} gauge", *found)]
     return "\n".join(lines) + "\n"

@@ -24,6 +24,7 @@ from jaxserve.server.replies import GenerateReply, json_response
 from jaxserve.server.request_lists import name_prompts, read_id_lists, spread
 from jaxserve.server.sampling import (
     count_choices,
+    read_dp_rank,
     read_logprobs_mode,
     read_native_sampling,
     read_priority,
@@ -81,6 +82,7 @@ def read_jobs(
     rids = name_prompts(body.rid, num_prompts, is_list)
     images = _find_images(body, num_prompts, is_list, reader)
     priority = read_priority(body.priority)
+    dp_rank = read_dp_rank(body.routed_dp_rank, body.data_parallel_rank)
     jobs = [
         Job(
             rid=rid,
@@ -90,6 +92,7 @@ def read_jobs(
             length_field=None if asked.max_new_tokens in (UNSET, None) else "max_new_tokens",
             field_names=FIELD_NAMES,
             priority=priority,
+            dp_rank=dp_rank,
             cache_salt=salt,
             stream_interval=asked.stream_interval,
             images=sources,

@@ -45,6 +45,7 @@ from jaxserve.server.sampling import (
     check_choices,
     count_choices,
     read_chat_sampling,
+    read_dp_rank,
     read_logprobs_mode,
     read_priority,
 )
@@ -99,6 +100,7 @@ def read_job(body: ChatBody, state: AppState) -> Job:
         },
         has_special_tokens=not body.add_special_tokens,
         priority=read_priority(body.priority),
+        dp_rank=read_dp_rank(body.routed_dp_rank, body.data_parallel_rank),
         cache_salt=read_cache_salt(body.cache_salt, body.extra_key),
         images=() if reader is None else reader.find(body.messages, body.mm_processor_kwargs),
     )

@@ -48,6 +48,7 @@ from jaxserve.server.sampling import (
     check_choices,
     count_choices,
     read_completion_sampling,
+    read_dp_rank,
     read_logprobs_mode,
     read_priority,
 )
@@ -96,6 +97,7 @@ def read_jobs(body: CompletionBody, settings: ServerSettings) -> tuple[list[Job]
     rid = body.rid or body.request_id
     rids = name_prompts(rid, len(prompts), is_list)
     priority = read_priority(body.priority)
+    dp_rank = read_dp_rank(body.routed_dp_rank, body.data_parallel_rank)
     jobs = [
         Job(
             rid=prompt_rid,
@@ -106,6 +108,7 @@ def read_jobs(body: CompletionBody, settings: ServerSettings) -> tuple[list[Job]
             field_names=FIELD_NAMES,
             has_special_tokens=body.add_special_tokens is False,
             priority=priority,
+            dp_rank=dp_rank,
             cache_salt=salt,
         )
         for prompt, salt, prompt_rid in zip(prompts, salts, rids, strict=True)

@@ -49,6 +49,7 @@ class Sequence:
     params: TokenParams
     sampling: SamplingParams
     priority: int
+    dp_rank: int | None
     cache_salt: str
     stream_interval: int
     allowance: SearchAllowance
@@ -119,6 +120,7 @@ async def read_sequence(
         priority=sequence.priority,
         cache_salt=sequence.cache_salt,
         images=sequence.images,
+        dp_rank=sequence.dp_rank,
     )
     async with aclosing(deltas):
         async for delta in deltas:

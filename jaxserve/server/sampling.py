@@ -240,6 +240,11 @@ def read_priority(priority: int | str | None) -> int:
     return level
 
 
+def read_dp_rank(routed: int | None, older: int | None) -> int | None:
+    """The engine that a request names, under either name."""
+    return older if routed is None else routed
+
+
 def check_choices(best_of: int | None, num_return_sequences: int | None, sampling: SamplingParams) -> None:
     """Other servers' ways to ask for choices are fine where they say the same as n and beam_width."""
     if best_of is not None and best_of > sampling.n:

@@ -66,6 +66,8 @@ class GenerateBody(msgspec.Struct, kw_only=True):
     beam_width: int | None = None  # as in sampling_params
     rid: str | list[str] | None = None
     priority: int | str | None = None
+    routed_dp_rank: int | None = None  # which engine is to serve it, of --dp-size
+    data_parallel_rank: int | None = None  # its older name
     cache_salt: str | list[str] | None = None
     extra_key: str | list[str] | None = None
     return_prompt_token_ids: bool | None = None
@@ -128,6 +130,8 @@ class ChatBody(msgspec.Struct, kw_only=True):
     rid: str | None = None
     request_id: str | None = None
     priority: int | str | None = None
+    routed_dp_rank: int | None = None  # which engine is to serve it, of --dp-size
+    data_parallel_rank: int | None = None  # its older name
     cache_salt: str | None = None
     extra_key: str | None = None
     return_prompt_token_ids: bool | None = None
@@ -174,6 +178,8 @@ class CompletionBody(msgspec.Struct, kw_only=True):
     rid: str | list[str] | None = None
     request_id: str | None = None
     priority: int | str | None = None
+    routed_dp_rank: int | None = None  # which engine is to serve it, of --dp-size
+    data_parallel_rank: int | None = None  # its older name
     cache_salt: str | list[str] | None = None
     extra_key: str | list[str] | None = None
     return_prompt_token_ids: bool | None = None
@@ -196,7 +202,7 @@ IGNORED_FIELDS: tuple[str, ...] = (
     *("thinking", "task", "images_config", "video_config", "use_audio_in_video"),
     *("max_dynamic_patch", "min_dynamic_patch", "mm_hashes", "mm_content_hashes", "log_metrics", "no_logs"),
     *("custom_labels", "routing_key", "conversation_id", "session_id", "bootstrap_host", "bootstrap_port"),
-    *("bootstrap_room", "bootstrap_pair_key", "routed_dp_rank", "data_parallel_rank", "decode_tp_size"),
+    *("bootstrap_room", "bootstrap_pair_key", "decode_tp_size"),
     *("disagg_prefill_dp_rank", "kv_hints", "routed_experts_start_len", "spaces_between_special_tokens"),
     *("return_flat_raw_top_logprobs_b64", "return_spec_tokens_details"),
     # xLLM's scheduling classes and what its own services send each other

@@ -24,6 +24,7 @@ from jaxserve.engine.messages import (
     StepOutput,
     Submit,
     ToEngine,
+    UpdateWeights,
 )
 from jaxserve.errors import UnavailableError
 from jaxserve.types import MEMORY_TAGS, EngineStats, TokenDelta, TokenParams
@@ -31,13 +32,15 @@ from tests.fakes import FAKE_INFO
 
 
 class ScriptedEngine:
-    """Answers calls at once unless it `hangs`; requests never end by themselves."""
+    """Answers calls at once unless it `hangs`; requests never end by themselves. It loads no weights that it
+    `refuses`."""
 
-    def __init__(self):
-        self.client = EngineClient()
+    def __init__(self, dp_rank: int | None = None):
+        self.client = EngineClient(dp_rank)
         self.received: list[ToEngine] = []
         self.stats = EngineStats()
         self.is_hanging = False
+        self.refuses: tuple[str, ...] = ()
         self.start()
 
     def start(self) -> None:
@@ -67,6 +70,8 @@ class ScriptedEngine:
             self.stats = replace(self.stats, released=operation.tags)
         elif isinstance(operation, ResumeMemory):
             self.stats = replace(self.stats, released=())
+        elif isinstance(operation, UpdateWeights) and operation.model_path in self.refuses:
+            answer = Answer(call.call_id, False, f"no such files: {operation.model_path}")
         elif isinstance(operation, (Pause, Resume)):
             self.stats = replace(self.stats, is_paused=isinstance(operation, Pause))
         self.client.handle(StepOutput([], self.stats))

@@ -37,7 +37,7 @@ SETTINGS = ServerSettings(served_model_name="tiny", model_path="tiny")
 
 def make_generator(engine: RunningEngine) -> Generator:
     client = engine.client
-    metrics = ServerMetrics("tiny", lambda: client.stats, lambda: client.info, lambda: client.heartbeat_age_s)
+    metrics = ServerMetrics("tiny", client.engines)
     return Generator(
         client, TextTools(tokenizer=TOKENIZER, chat_template=ChatTemplate(None, "", "")), SETTINGS, metrics
     )

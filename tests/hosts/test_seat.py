@@ -27,6 +27,11 @@ def test_one_host_is_what_nobody_speaks_of(monkeypatch):
     assert (config.nnodes, config.node_rank, config.dist_init_addr) == (1, 0, None)
 
 
+def test_several_hosts_serve_one_copy_of_the_model():
+    with pytest.raises(ConfigError, match="dp_size above 1 is served on one host, and these 2 share"):
+        take_seat(ServerConfig(model_path="m", dp_size=2, nnodes=2, dist_init_addr="a:1"))
+
+
 def test_a_tpu_slice_tells_in_the_environment_and_flags_win(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "")
     for name, value in SLICE.items():

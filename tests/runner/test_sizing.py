@@ -116,8 +116,6 @@ def test_more_devices_than_there_are_are_refused_with_what_would_help():
     ):
         check_devices(asked, LAPTOP)
     check_devices(asked, replace(LAPTOP, num_devices=8))
-    with pytest.raises(ConfigError, match="dp_size above 1 is not served"):
-        check_devices(ServerConfig(model_path="m", dp_size=2), replace(H200, num_devices=8))
 
 
 def test_devices_that_are_one_cpu_share_its_memory():
@@ -125,3 +123,4 @@ def test_devices_that_are_one_cpu_share_its_memory():
     assert (shared.memory_bytes, shared.free_bytes) == (4 * GIB, 2.5 * GIB)
     assert share_machine(H200, 4) == H200
     assert size(shared, tp_size=4).num_tokens < size(LAPTOP).num_tokens
+    assert size(shared, tp_size=2, dp_size=2) == size(shared, tp_size=4)

@@ -61,7 +61,7 @@ def test_a_pattern_that_takes_too_long_ends_its_own_request_with_a_reason():
 def test_all_choices_and_prompts_of_a_call_have_one_allowance_and_other_calls_another():
     engine = FakeEngine()
     settings = ServerSettings(served_model_name="fake-model", model_path="fake/model")
-    metrics = ServerMetrics("fake-model", lambda: engine.stats, lambda: engine.info, lambda: 0.0)
+    metrics = ServerMetrics("fake-model", engine.engines)
     generator = Generator(engine, make_text_tools(), settings, metrics)
     sampling = SamplingParams(n=3, stop_regex=("x",))
 
