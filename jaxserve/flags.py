@@ -166,6 +166,37 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     return parser
 
 
+def build_convert_parser() -> argparse.ArgumentParser:
+    """The flags of `jaxserve convert` that `jaxserve launch` has not."""
+    parser = argparse.ArgumentParser(
+        prog="jaxserve convert",
+        usage="jaxserve convert [--config FILE] [--model-path MODEL] --output DIR [flags]",
+        description="Write a model as it is served, fused and perhaps quantised, to a folder that `jaxserve "
+        "launch` starts from on any number of devices, without the original.",
+        epilog="All flags of `jaxserve launch` are taken as well: --dtype and --quantization say what is "
+        "written, and --quantization auto is none.",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--output", action="append", metavar="DIR", help="the folder to make")
+    parser.add_argument("-h", "--help", action="help", help="show this and stop")
+    return parser
+
+
+def read_output(argv: Sequence[str]) -> tuple[Path, list[str]]:
+    """The folder that `jaxserve convert` is to make, and the words that are left. Raises ConfigError."""
+    parser = build_convert_parser()
+    parser.error = _raise_usage_error
+    namespace, rest = parser.parse_known_args(list(argv))
+    outputs = vars(namespace).get("output", [])
+    if len(outputs) != 1 or not outputs[0].strip():
+        raise ConfigError("Say with --output DIR, once, which folder to make.", param="output")
+    if "://" in outputs[0]:
+        raise ConfigError(f"output must be a folder on this machine, got {outputs[0]}.", param="output")
+    return Path(outputs[0]).expanduser(), rest
+
+
 def _placeholder(setting: Field[Any]) -> str:
     flag = flag_of(setting)
     if flag.choices:

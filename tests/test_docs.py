@@ -12,7 +12,7 @@ import pytest
 
 import jaxserve
 from jaxserve.cli import COMMANDS
-from jaxserve.flags import load_config
+from jaxserve.flags import load_config, read_output
 from jaxserve.planning.options import read_plan_options
 from scripts.gen_docs import find_stale_pages
 from tests.source_tree import ROOT, shipped_files
@@ -105,7 +105,8 @@ def test_commands_are_understood(page: str):
             assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), line
         elif words:
             assert words[1] in COMMANDS, line
-            flags = read_plan_options(words[2:])[1] if words[1] == "plan" else words[2:]
+            read_own = {"plan": read_plan_options, "convert": read_output}.get(words[1])
+            flags = words[2:] if read_own is None else read_own(words[2:])[1]
             load_config(["qwen.yaml" if word == "mine.yaml" else word for word in flags])
 
 

@@ -30,6 +30,8 @@ def list_facts(config: ServerConfig, files: ModelFiles) -> dict[str, str]:
     names = [name for name, field in FIELDS.items() if flag_of(field).group in SHARED_GROUPS]
     facts = {name: str(getattr(config, name)) for name in names if name not in OWN_SETTINGS}
     sizes = [(path.name, path.stat().st_size) for path in files.files]
+    if files.saved is not None:
+        sizes += sorted(files.saved.files.items())
     return {
         **facts,
         "jax": jax.__version__,

@@ -30,7 +30,8 @@ from jaxserve.runner.host_memory import read_host_memory
 from jaxserve.runner.memory import delete_arrays
 from jaxserve.weights.building import PutArray
 from jaxserve.weights.loader import load_params
-from jaxserve.weights.placement import ALONE, Placement
+from jaxserve.weights.orbax_restore import restore_params
+from jaxserve.weights.placement import ALONE, HostArray, Placement
 from jaxserve.weights.resolve import ModelFiles, resolve_model
 from jaxserve.weights.served import count_device_bytes, count_served_bytes, describe_params
 from jaxserve.weights.stacks import LayerStacks, describe_stacks
@@ -86,13 +87,14 @@ class Checkpoint:
             on_progress(stage, done, total)
 
         load = partial(
-            load_params,
+            restore_params
+            if self.files.kind == "orbax"
+            else partial(load_params, random_seed=self.random_seed),
             self.files,
             [replace(spec, held=self.placement.held) for spec in self._list_specs()],
             dtype=self.dtype,
             quantization=self.quantization,
             on_progress=tell,
-            random_seed=self.random_seed,
         )
         put = put or self.placement.put
         if not self.stacks_layers:
@@ -108,7 +110,7 @@ class Checkpoint:
         """The parameters on the device, as the step programs take them; on failure nothing stays there."""
         placed: list[jax.Array] = []
 
-        def put(path: str, array: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
+        def put(path: str, array: HostArray, axes: Sequence[str | None]) -> jax.Array:
             placed.append(self.placement.put(path, array, axes))
             return placed[-1]
 
@@ -127,7 +129,7 @@ class Checkpoint:
                 f"The new weights take {num_bytes / GIB:.1f} GiB of host memory until they are in place, "
                 f"and {free_bytes / GIB:.1f} GiB are free."
             )
-        model = self.read_model(on_progress, put=lambda _path, array, _axes: array)  # type: ignore[arg-type]
+        model = self.read_model(on_progress, put=lambda _path, array, _axes: np.asarray(array))  # type: ignore[arg-type]
         return jax.tree.leaves(nnx.split(model)[1])
 
     def find_other(self, model_path: str, load_format: str) -> Checkpoint:

@@ -59,9 +59,14 @@ def delete_arrays(tree: Any) -> None:
 def trim_host_memory() -> None:
     """Give memory that nobody uses back to the system, what a device that is the CPU has freed included.
 
-    A model object that was taken apart is garbage in a cycle, and glibc keeps freed pieces of up to 32 MB.
+    A model object that was taken apart is garbage in a cycle.
     """
     gc.collect()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Give back what was freed: glibc keeps pieces of up to 32 MB."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -75,13 +75,32 @@ def choose_precision(
         quantization = "int8" if machine.platform == "cpu" and checkpoint_bits < 12 else "none"
         if reads_packed:
             quantization = "int4"
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32" if checkpoint_bits > 24 else "bfloat16"
+    dtype = choose_dtype(config, checkpoint_bits)
     kv_dtype = config.kv_cache_dtype
     if kv_dtype == "auto":
         kv_dtype = dtype if machine.updates_bf16_in_place else "float32"
     return Precision(dtype=dtype, quantization=quantization, kv_dtype=kv_dtype)
+
+
+def choose_dtype(config: ServerConfig, checkpoint_bits: float) -> str:
+    """The type of weights that are not quantised."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if checkpoint_bits > 24 else "bfloat16"
+
+
+def keep_form(config: ServerConfig, *, dtype: str, quantization: str) -> ServerConfig:
+    """The settings for a model that was converted to these types. Raises ConfigError where a flag asks for
+    others: what is not in the folder cannot be had from it."""
+    for name, saved in (("dtype", dtype), ("quantization", quantization)):
+        wanted = getattr(config, name)
+        if wanted not in ("auto", saved):
+            raise ConfigError(
+                f"{name} is {wanted}, and {config.model_path} was converted with {name} {saved}. Leave the "
+                "flag out, or convert the model again.",
+                param=name,
+            )
+    return replace(config, dtype=dtype, quantization=quantization)
 
 
 def check_devices(config: ServerConfig, machine: Machine) -> None:

@@ -38,8 +38,8 @@ from jaxserve.weights.served import (
     list_arrays,
 )
 
-# Places a finished host array on the device or devices: (path, array, logical axis names).
-PutArray = Callable[[str, np.ndarray, Sequence[str | None]], jax.Array]
+# Places a host array (HostArray of placement.py) on the device or devices: (path, array, logical axis names).
+PutArray = Callable[[str, Any, Sequence[str | None]], jax.Array]
 
 ReadBlock = Callable[[ParamSpec, int, int], np.ndarray]  # (parameter, first row, number of rows)
 ReadGroups = Callable[[ParamSpec, int, int], GroupedRows]
@@ -71,7 +71,7 @@ def build_params(
     total_bytes = count_served_bytes(specs, dtype=dtype, quantization=quantization)
     done_bytes = 0
     params: dict[str, Any] = {}
-    with ThreadPoolExecutor(_num_threads(), thread_name_prefix="load-weights") as pool:
+    with ThreadPoolExecutor(num_threads(), thread_name_prefix="load-weights") as pool:
         for spec in specs:
             form = find_form(spec, quantization)
             if form == "int4":
@@ -80,7 +80,7 @@ def build_params(
                 (array,) = list_arrays(spec, dtype, quantization)
                 params[spec.path] = _build_float(spec, array.item_type, read_block, pool, put)
             else:
-                params[spec.path] = _build_quantized(spec, form, read_block, pool, put)
+                params[spec.path] = build_quantized(spec, form, read_block, pool, put)
             done_bytes += count_served_bytes([spec], dtype=dtype, quantization=quantization)
             on_progress("Loading weights", done_bytes, total_bytes)
     return params
@@ -93,7 +93,7 @@ def _build_float(
     pool: ThreadPoolExecutor,
     put: PutArray,
 ) -> jax.Array:
-    host = _allocate(spec, spec.held_shape, dtype)
+    host = allocate(spec, spec.held_shape, dtype)
 
     def fill(block_range: tuple[int, int]) -> None:
         first_row, num_rows = block_range
@@ -107,7 +107,7 @@ def _build_float(
     return put(spec.path, host, spec.axes)
 
 
-def _build_quantized(
+def build_quantized(
     spec: ParamSpec,
     quantization: str,
     read_block: ReadBlock,
@@ -118,14 +118,14 @@ def _build_quantized(
     even (models/quant.py)."""
     item_type, largest = QUANTIZED[quantization]
     h_HH = hadamard(count_own_columns(spec))
-    q_host = _allocate(spec, spec.held_shape, item_type)
-    scale_host = _allocate(spec, spec.held_shape[:1], np.dtype(np.float32))
+    q_host = allocate(spec, spec.held_shape, item_type)
+    scale_host = allocate(spec, spec.held_shape[:1], np.dtype(np.float32))
 
     def fill(block_range: tuple[int, int]) -> None:
         first_row, num_rows = block_range
         block = pick_columns(read_block(spec, first_row, num_rows), spec).astype(np.float32, copy=False)
         if quantization == "int8":
-            block = _rotate(block, h_HH)
+            block = rotate(block, h_HH)
         absmax = np.maximum(block.max(axis=1), -block.min(axis=1))
         _require_finite(spec, block, absmax)
         scale = np.maximum(absmax, np.float32(_MIN_ABSMAX)) / np.float32(largest)
@@ -143,7 +143,7 @@ def _build_grouped(
 ) -> Int4Matrix:
     """Values as they are packed (kernels_pallas/int4_matmul/ref.py), groups of scales and zeros first."""
     arrays = list_arrays(spec, "bfloat16", "int4")
-    q_host, scale_host, zero_host = (_allocate(spec, array.shape, array.item_type) for array in arrays)
+    q_host, scale_host, zero_host = (allocate(spec, array.shape, array.item_type) for array in arrays)
 
     def fill(block_range: tuple[int, int]) -> None:
         first_row, num_rows = block_range
@@ -160,7 +160,7 @@ def _build_grouped(
     return Int4Matrix(*(put(spec.path, host, array.pick(spec.axes)) for array, host in hosts))
 
 
-def _rotate(block_FD: np.ndarray, h_HH: np.ndarray) -> np.ndarray:
+def rotate(block_FD: np.ndarray, h_HH: np.ndarray) -> np.ndarray:
     """Every run of H channels times the Hadamard matrix, as `rotate` of models/quant.py."""
     width = h_HH.shape[0]
     runs_RH = block_FD.reshape(-1, width)
@@ -206,14 +206,14 @@ def _require_finite(spec: ParamSpec, block: np.ndarray, derived: np.ndarray) -> 
     )
 
 
-def _num_threads() -> int:
+def num_threads() -> int:
     """The cores this process may use; macOS cannot tell, and has them all."""
     has_affinity = hasattr(os, "sched_getaffinity")
     num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return min(num_cores, _MAX_THREADS)
 
 
-def _allocate(spec: ParamSpec, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def allocate(spec: ParamSpec, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An array that starts on a multiple of _ALIGNMENT bytes; of zeros, if the checkpoint may not fill it."""
     num_bytes = math.prod(shape) * dtype.itemsize
     raw = (np.zeros if spec.cuts else np.empty)(num_bytes + _ALIGNMENT, np.uint8)

@@ -63,7 +63,7 @@ def write_verified(target: Path, partial: Path, chunks: Iterable[bytes], sha256:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-    _flush_directory(target.parent)
+    flush_directory(target.parent)
 
 
 def describe_write_failure(error: OSError, folder: Path, needed_bytes: int | None) -> WeightError:
@@ -80,7 +80,7 @@ def describe_write_failure(error: OSError, folder: Path, needed_bytes: int | Non
     )
 
 
-def _flush_directory(folder: Path) -> None:
+def flush_directory(folder: Path) -> None:
     """Make a rename survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

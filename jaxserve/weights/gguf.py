@@ -89,6 +89,13 @@ def read_gguf_metadata(path: str | Path) -> dict[str, object]:
         return header.read_metadata()
 
 
+def copy_gguf_metadata(source: Path, target: Path) -> None:
+    """Write a GGUF file with the source's key-value pairs (the tokenizer among them) and no tensors."""
+    with _Header(source) as header:
+        header.read_metadata()
+        target.write_bytes(header.without_tensors())
+
+
 def open_gguf(path: str | Path) -> GgufFile:
     """Read the header and the tensor table. Raises WeightError that names the file and what is wrong.
 
@@ -156,6 +163,11 @@ class _Header:
             key = self._string()
             metadata[key] = self._value(self._uint32(), depth=0)
         return metadata
+
+    def without_tensors(self) -> bytes:
+        """The bytes up to here, behind the metadata, for a file that has no more than these."""
+        start, num_tensors_at, num_pairs_at = 0, 8, 16
+        return self._map[start:num_tensors_at] + _UINT64.pack(0) + self._map[num_pairs_at : self._position]
 
     def read_tensor_table(self, metadata: Mapping[str, Any]) -> dict[str, GgufTensor]:
         entries = [self._tensor_entry() for _ in range(self._num_tensors)]

@@ -73,10 +73,15 @@ def count_served_groups(spec: ParamSpec) -> int:
 
 def keep_columns(block: np.ndarray, spec: ParamSpec) -> np.ndarray:
     """Of the served columns, those that this process holds."""
-    cut = _find_cut(spec, 1)
+    return block if block.ndim == 1 else block[:, find_held(spec, 1)]
+
+
+def find_held(spec: ParamSpec, axis: int) -> slice:
+    """Of a served axis, the part that this process holds."""
+    cut = _find_cut(spec, axis)
     if cut is None or spec.held is None:
-        return block
-    return block[:, spec.held.start * cut.own_length : spec.held.stop * cut.own_length]
+        return slice(None)
+    return slice(spec.held.start * cut.own_length, spec.held.stop * cut.own_length)
 
 
 def holds_rows(spec: ParamSpec, first_row: int, num_rows: int) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -18,6 +18,20 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Singl
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.sharding import MESH_AXES, TENSOR
+
+
+class HostArray(Protocol):
+    """A NumPy array of what this process holds, or one of all devices' parts, which are read from a file when
+    they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def ndim(self) -> int: ...
+    @property
+    def dtype(self) -> np.dtype: ...
+    def __getitem__(self, index: Any, /) -> np.ndarray: ...
+    def __array__(self, dtype: Any = None, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +60,15 @@ class Placement:
             return SingleDeviceSharding(jax.local_devices()[0])
         return NamedSharding(self.mesh, make_spec(axes))
 
-    def put(self, path: str, array: np.ndarray, axes: Sequence[str | None]) -> jax.Array:
-        """The PutArray of the loader: each device of this process is given its part; `array` is of those."""
+    def put(self, path: str, array: HostArray, axes: Sequence[str | None]) -> jax.Array:
+        """The PutArray of the loader: each device of this process is given its part. A NumPy array is of
+        those parts; of one that is still to be read nothing else is read."""
         if self.mesh is None:
-            return jax.device_put(array)
-        return put_held(array, self.make_sharding(axes))
+            return jax.device_put(np.asarray(array))
+        sharding = self.make_sharding(axes)
+        if isinstance(array, np.ndarray):
+            return put_held(array, sharding)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     def spread(self, program: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """The program of all devices, whose arrays are whole, from that of each. The specs are as

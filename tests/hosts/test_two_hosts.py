@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import requests
 
+from jaxserve.config import ServerConfig
+from jaxserve.convert import convert
 from jaxserve.utils import find_free_port
 from tests.goldens.read import GOLDENS_DIR, read_tiny_goldens, read_vl_facts
 from tests.tiny import write_tiny_checkpoint
@@ -104,8 +106,11 @@ def start_hosts(hosts: TwoHosts, *, is_ready: bool = True) -> Iterator[TwoHosts]
 
 @pytest.fixture(scope="module")
 def hosts(tmp_path_factory) -> Iterator[TwoHosts]:
+    """They serve a converted model: each reads the chunks of its own devices."""
     folder = tmp_path_factory.mktemp("hosts")
-    model_path = write_tiny_checkpoint(folder / "model", "qwen2")
+    model_path = folder / "converted"
+    original = write_tiny_checkpoint(folder / "model", "qwen2")
+    convert(ServerConfig(model_path=str(original), log_level="error"), model_path)
     with start_hosts(TwoHosts(folder, model_path, "--tokenizer-path", "bytes")) as hosts:
         yield hosts
 

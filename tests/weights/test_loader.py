@@ -243,7 +243,7 @@ def test_computed_buffers_and_a_tied_head_are_no_leftovers(tmp_path: Path) -> No
 def test_loading_never_holds_a_float32_copy_of_a_quantised_matrix(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(building, "_num_threads", lambda: 2)
+    monkeypatch.setattr(building, "num_threads", lambda: 2)
     shape = (16384, 1024)
     matrix = np.random.default_rng(0).standard_normal(shape, np.float32).astype(np.float16)
     write_tensors(tmp_path / "m.gguf", {"token_embd.weight": matrix}, "F16")
