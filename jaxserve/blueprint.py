@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels, has_int4_kernel
+from jaxserve.models.experts import describe_experts
 from jaxserve.models.interface import ModelConfig, ParamSpec
 from jaxserve.models.sharding import Division
 from jaxserve.runner.buckets import Ladder, make_ladder
@@ -128,7 +129,7 @@ def sketch_model(
         files=files,
         family=family,
         cfg=cfg,
-        kernels=choose_kernels(_describe_target(config, machine, local_cfg, precision.kv_dtype, tp_size)),
+        kernels=choose_kernels(_describe_target(config, machine, local_cfg, precision, tp_size)),
         dtype=precision.dtype,
         quantization=precision.quantization,
         group_sizes=grouping.group_sizes if is_int4 else {},
@@ -258,16 +259,17 @@ def _choose_grouping(
 
 
 def _describe_target(
-    config: ServerConfig, machine: Machine, cfg: ModelConfig, kv_dtype: str, num_devices: int
+    config: ServerConfig, machine: Machine, cfg: ModelConfig, precision: Precision, num_devices: int
 ) -> KernelTarget:
     return KernelTarget(
         platform=machine.platform,
         head_dim=cfg.head_dim,
         num_kv_heads=cfg.num_kv_heads,
         page_size=choose_page_size(config, machine.platform),
-        kv_dtype=kv_dtype,
+        kv_dtype=precision.kv_dtype,
         compute_capability=machine.compute_capability,
         num_devices=num_devices,
         device_kind=machine.device_kind,
+        experts=describe_experts(cfg, dtype=precision.dtype, quantization=precision.quantization),
         tuned=machine.tuned,
     )

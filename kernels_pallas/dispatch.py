@@ -12,6 +12,13 @@ from functools import partial
 
 import jax
 
+from jaxserve.kernels_pallas.grouped_matmul.limits import (
+    LEAST_GPU_ROWS,
+    MOST_GPU_ROWS,
+    ExpertShape,
+    find_gpu_limit,
+)
+from jaxserve.kernels_pallas.grouped_matmul.ref import GroupedForm
 from jaxserve.kernels_pallas.int4_matmul import ref as int4_matmul_ref
 from jaxserve.kernels_pallas.kv_layer import make_layer
 from jaxserve.kernels_pallas.kv_pages import make_pages
@@ -50,6 +57,7 @@ class KernelSet:
     shards: Shards = ONE_DEVICE
     make_kv: Callable = make_layer
     int4_matmul: Callable = int4_matmul_ref.int4_matmul
+    grouped_matmul: GroupedForm | None = None  # by matrices of experts; None where a loop has each run
     list_step_work: Callable | None = None  # of attention, for all layers at once; None where there is no use
     block_rows: int = BLOCK_ROWS  # that logits are edited and scored for at a time
 
@@ -71,6 +79,7 @@ class KernelTarget:
     compute_capability: str = ""  # of a GPU, as in "9.0"
     num_devices: int = 1  # that share each layer
     device_kind: str = ""  # as JAX calls it: which chip the sizes of a TPU's blocks are for
+    experts: ExpertShape | None = None  # of a model that has any
     tuned: tuple[TunedBlocks, ...] = ()  # sizes that were timed, of any chip
 
 
@@ -112,6 +121,7 @@ def _choose_for_one(target: KernelTarget) -> KernelSet:
         name = f"xla ({limit})"
         return replace(XLA_KERNELS, name=name, choose_tokens=choose_tokens, block_rows=GPU_BLOCK_ROWS)
     # Below jax 0.11 these imports fail, so they wait until they are known to be wanted.
+    from jaxserve.kernels_pallas.grouped_matmul.gpu import grouped_matmul
     from jaxserve.kernels_pallas.int4_matmul.gpu import int4_matmul
     from jaxserve.kernels_pallas.kv_write.gpu import rope_write
     from jaxserve.kernels_pallas.paged_attention.gpu_decode import paged_decode
@@ -121,7 +131,9 @@ def _choose_for_one(target: KernelTarget) -> KernelSet:
     write_limit = find_write_limit(target.head_dim, target.num_kv_heads, target.kv_dtype)
     decode_limit = find_decode_limit(target.head_dim, target.page_size, target.kv_dtype)
     prefill_limit = find_prefill_limit(target.head_dim, target.page_size, target.kv_dtype)
-    limits = [limit for limit in (write_limit, decode_limit, prefill_limit) if limit]
+    grouped_limit = find_gpu_limit(target.experts) if target.experts else ""
+    limits = [limit for limit in (write_limit, decode_limit, prefill_limit, grouped_limit) if limit]
+    grouped_form = GroupedForm(grouped_matmul, LEAST_GPU_ROWS, MOST_GPU_ROWS)
     return KernelSet(
         name="mosaic" + "".join(f"; xla, as {limit}" for limit in limits),
         rope_write=XLA_KERNELS.rope_write if write_limit else rope_write,
@@ -129,6 +141,7 @@ def _choose_for_one(target: KernelTarget) -> KernelSet:
         paged_prefill=XLA_KERNELS.paged_prefill if prefill_limit else paged_prefill,
         choose_tokens=choose_tokens,
         int4_matmul=int4_matmul,
+        grouped_matmul=grouped_form if target.experts and not grouped_limit else None,
         block_rows=GPU_BLOCK_ROWS,
     )
 

@@ -1,8 +1,10 @@
 """Mixture of experts: which experts a token goes to, and the MLPs of those that are chosen.
 
 A token goes to some of the E experts, in a copy each. The copies are sorted by expert, and each expert's are
-filled up to whole tiles of rows, so that a tile is one MLP. A loop runs over the tiles that are there: what
-nobody chose is neither read nor multiplied by.
+filled up to whole tiles of rows, so that a tile is one MLP. Only tiles that are there are run: what nobody
+chose is neither read nor multiplied by. A kernel multiplies all tiles by the matrices of their experts at
+once (kernels_pallas/grouped_matmul). Where there is none, a loop runs one tile behind the other; on a GPU
+each of its turns waits for the host.
 
     copies by expert    e0: a b c | e1: none | e2: d
     rows, in tiles of 2     a b | c - | d -
@@ -13,14 +15,17 @@ The matrices of all experts lie below each other: they are loaded, cut and quant
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxserve.kernels_pallas.grouped_matmul.limits import ExpertShape
+from jaxserve.kernels_pallas.grouped_matmul.ref import GroupedForm
+from jaxserve.kernels_pallas.rounding import to_bf16
 from jaxserve.models.quant import GroupedMatrix, Int4Matrix, Matrix, QuantizedMatrix, gated_mlp
 
-MOST_TILE_ROWS = 64  # more of them are filled up in vain
+MOST_TILE_ROWS = 64  # of the loop's; more of them are filled up in vain
 
 
 class Tiles(NamedTuple):
@@ -29,6 +34,14 @@ class Tiles(NamedTuple):
     row_P: jax.Array  # int32, in M
     expert_I: jax.Array  # int32
     num_tiles: jax.Array  # int32
+
+
+def describe_experts(cfg: Any, *, dtype: str, quantization: str) -> ExpertShape | None:
+    """What kernels must know of one device's experts; None for a model without."""
+    if not hasattr(cfg, "expert_width"):
+        return None
+    weights = dtype if quantization == "none" else quantization
+    return ExpertShape(width=cfg.width, expert_width=cfg.expert_width, weights=weights)
 
 
 def choose_experts(logits_TE: jax.Array, num_chosen: int, normalizes: bool) -> tuple[jax.Array, jax.Array]:
@@ -48,35 +61,65 @@ def run_experts(
     w_gate_up_FD: Matrix,
     w_down_DF: Matrix,
     num_experts: int,
+    form: GroupedForm | None = None,
 ) -> jax.Array:
-    """The sum of what each token's experts make of it, by their shares: [T, D] float32.
+    """The sum of what each token's experts make of it, by their shares: [T, D] float32. `form` is the
+    kernel's, if there is one.
 
     Of each expert the rows of gate stand before those of up, and those of the next behind.
     """
     num_tokens, num_chosen = expert_TK.shape
     num_copies = num_tokens * num_chosen
-    tile_rows = choose_tile_rows(num_copies, num_experts)
+    bounds = (1, MOST_TILE_ROWS) if form is None else (form.least_rows, form.most_rows)
+    tile_rows = choose_tile_rows(num_copies, num_experts, *bounds)
     tiles = plan_tiles(expert_TK.reshape(-1), num_experts, tile_rows)
     num_rows = len(tiles.expert_I) * tile_rows
     token_M = jnp.full(num_rows, num_tokens, jnp.int32)  # behind the last: a row of zeros
     token_M = token_M.at[tiles.row_P].set(jnp.arange(num_copies, dtype=jnp.int32) // num_chosen)
     x_MD = h_TD.at[token_M].get(mode="fill", fill_value=0)
-
-    def run_tile(index: jax.Array, y_MD: jax.Array) -> jax.Array:
-        expert, first = tiles.expert_I[index], index * tile_rows
-        matrices = (take_part(w, expert, num_experts) for w in (w_gate_up_FD, w_down_DF))
-        rows_RD = gated_mlp(jax.lax.dynamic_slice_in_dim(x_MD, first, tile_rows), *matrices)
-        return jax.lax.dynamic_update_slice_in_dim(y_MD, rows_RD, first, 0)
-
-    y_MD = jnp.zeros(x_MD.shape, jnp.float32)
-    y_MD = jax.lax.fori_loop(jnp.int32(0), tiles.num_tiles, run_tile, y_MD)
+    matrices = (w_gate_up_FD, w_down_DF)
+    if form is None:
+        y_MD = _run_one_by_one(x_MD, tiles, matrices, num_experts)
+    else:
+        y_MD = _run_at_once(x_MD, tiles, matrices, num_experts, form)
     y_TKD = y_MD[tiles.row_P].reshape(num_tokens, num_chosen, -1)
     return (y_TKD * share_TK[:, :, None]).sum(axis=1)
 
 
-def choose_tile_rows(num_copies: int, num_experts: int) -> int:
+def _run_at_once(
+    x_MD: jax.Array, tiles: Tiles, matrices: tuple[Matrix, Matrix], num_experts: int, form: GroupedForm
+) -> jax.Array:
+    """The MLP of each row, [M, D] float32, in two products; anything in the rows of absent tiles."""
+
+    def multiply(x_MD: jax.Array, w_FD: Matrix) -> jax.Array:
+        assert isinstance(w_FD, jax.Array), "a form of the product is chosen for matrices of bf16"
+        w_EFD = w_FD.reshape(num_experts, -1, w_FD.shape[1])
+        return form.multiply(to_bf16(x_MD), w_EFD, tiles.expert_I, tiles.num_tiles)
+
+    w_gate_up_FD, w_down_DF = matrices
+    gate_MF, up_MF = jnp.split(multiply(x_MD, w_gate_up_FD), 2, axis=1)
+    return multiply(jax.nn.silu(gate_MF) * up_MF, w_down_DF)
+
+
+def _run_one_by_one(
+    x_MD: jax.Array, tiles: Tiles, matrices: tuple[Matrix, Matrix], num_experts: int
+) -> jax.Array:
+    """The same in a loop, tile by tile; zeros in the rows of absent tiles."""
+    tile_rows = len(x_MD) // len(tiles.expert_I)
+
+    def run_tile(index: jax.Array, y_MD: jax.Array) -> jax.Array:
+        expert, first = tiles.expert_I[index], index * tile_rows
+        own = (take_part(w, expert, num_experts) for w in matrices)
+        rows_RD = gated_mlp(jax.lax.dynamic_slice_in_dim(x_MD, first, tile_rows), *own)
+        return jax.lax.dynamic_update_slice_in_dim(y_MD, rows_RD, first, 0)
+
+    y_MD = jnp.zeros(x_MD.shape, jnp.float32)
+    return jax.lax.fori_loop(jnp.int32(0), tiles.num_tiles, run_tile, y_MD)
+
+
+def choose_tile_rows(num_copies: int, num_experts: int, least_rows: int, most_rows: int) -> int:
     """About what an expert gets: a power of two."""
-    return min(MOST_TILE_ROWS, 1 << (-(-num_copies // num_experts) - 1).bit_length())
+    return min(max(1 << (-(-num_copies // num_experts) - 1).bit_length(), least_rows), most_rows)
 
 
 def plan_tiles(expert_P: jax.Array, num_experts: int, tile_rows: int) -> Tiles:
@@ -88,8 +131,8 @@ def plan_tiles(expert_P: jax.Array, num_experts: int, tile_rows: int) -> Tiles:
     end_E = jnp.cumsum(tiles_E, dtype=jnp.int32)
     row_P = (end_E - tiles_E)[expert_P] * tile_rows + rank_P[:, 0] - 1
     most_tiles = min(num_copies, num_experts + num_copies // tile_rows)
-    expert_I = jnp.searchsorted(end_E, jnp.arange(most_tiles, dtype=jnp.int32), side="right")
-    return Tiles(row_P, expert_I.astype(jnp.int32), end_E[-1])
+    expert_I = (end_E <= jnp.arange(most_tiles, dtype=jnp.int32)[:, None]).sum(axis=1, dtype=jnp.int32)
+    return Tiles(row_P, expert_I, end_E[-1])
 
 
 def take_part(w_FD: Matrix, index: jax.Array, count: int) -> Matrix:

@@ -192,8 +192,9 @@ class Model(nnx.Module):
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
             logits_TE = matmul(h_TD, layer.w_router_ED.get_value())
             chosen = choose_experts(logits_TE, cfg.num_chosen, cfg.normalizes_shares)
+            grouped = self.kernels.grouped_matmul
             matrices = layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value()
-            return x_TD + shards.add(run_experts(h_TD, *chosen, *matrices, cfg.num_experts)), kv
+            return x_TD + shards.add(run_experts(h_TD, *chosen, *matrices, cfg.num_experts, grouped)), kv
 
         states = [nnx.state(layer) for layer in self.layers]
         return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, kv, batch)

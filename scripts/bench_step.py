@@ -12,9 +12,9 @@ the same process. --try-xla-flags runs the rows again under each setting of jaxs
 was not measured. Prints each program's figures as they come, then a Markdown table; the last line is one
 JSON object.
 
-Bytes counted: every weight but the embedding's unused rows, and K and V of the context, once a step. FLOPs:
-two a weight and token (the head's for one token a sequence), and four a query head, channel and attended
-token.
+Bytes counted: every weight but the embedding's unused rows and experts that nobody would choose at random,
+and K and V of the context, once a step. FLOPs: two a weight and token (the head's for one token a sequence,
+those of chosen experts), and four a query head, channel and attended token.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from flax import nnx
 
 from jaxserve.build import read_machine
 from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
+from jaxserve.models.experts import describe_experts
 from jaxserve.models.interface import ModelConfig, ParamSpec
 from jaxserve.models.quant import bind_kernels
 from jaxserve.models.registry import find_family
@@ -89,6 +90,7 @@ class StepBench:
         hf_config = json.loads((arguments.model_path / "config.json").read_text())
         self._family = find_family(hf_config)
         self.cfg: ModelConfig = self._family.Config.from_hf(hf_config)
+        self._num_chosen = hf_config.get("num_experts_per_tok", 1)
         specs = self._family.param_specs(self.cfg)
         self._specs: list[ParamSpec] = mark_groups(specs, group_layers(specs))  # of int4
         self._precision = {"dtype": arguments.dtype, "quantization": arguments.quantization}
@@ -128,6 +130,7 @@ class StepBench:
             kv_dtype=self._kv_dtype.name,
             compute_capability=machine.compute_capability,
             device_kind=machine.device_kind,
+            experts=describe_experts(self.cfg, **self._precision),
         )
 
     def _fill(self, state: DeviceState) -> DeviceState:
@@ -202,20 +205,32 @@ class StepBench:
         embedding = [spec for spec in self._specs if spec.kind == "embedding"]
         head = [spec for spec in self._specs if spec.path == "head_VD"] or embedding
         inner = [spec for spec in self._specs if spec not in embedding and spec not in head]
-        num_bytes = count_served_bytes(inner + head, **self._precision)
+        num_tokens = shape.num_rows + shape.num_tokens
+        num_bytes = sum(
+            int(self._read_share(spec, num_tokens) * count_served_bytes([spec], **self._precision))
+            for spec in inner + head
+        )
         num_bytes += (
             max(shape.num_rows, 1)
             * context
             * kv_bytes_per_token(self.cfg, self._kv_dtype, self.kernels.make_kv)
         )
-        num_tokens = shape.num_rows + shape.num_tokens
         weights, head_weights = (
-            sum(math.prod(spec.shape) for spec in specs if spec.kind != "vector") for specs in (inner, head)
+            sum(self._chosen_share(spec) * math.prod(spec.shape) for spec in specs if spec.kind != "vector")
+            for specs in (inner, head)
         )
         attended = shape.num_rows * context + shape.num_tokens * (shape.num_tokens + 1) / 2
         flops = 2.0 * weights * num_tokens + 2.0 * head_weights * max(shape.num_rows, 1)
         flops += 4.0 * self.cfg.num_layers * self.cfg.num_heads * self.cfg.head_dim * attended
         return num_bytes, flops
+
+    def _chosen_share(self, spec: ParamSpec) -> float:
+        """Of a matrix's rows, what one token multiplies by."""
+        return self._num_chosen / spec.experts if spec.experts > 1 else 1.0
+
+    def _read_share(self, spec: ParamSpec, num_tokens: int) -> float:
+        """Of a matrix's rows, what tokens read that choose experts at random."""
+        return 1 - (1 - self._chosen_share(spec)) ** num_tokens
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.kernels_pallas.dispatch import XLA_KERNELS, KernelTarget, choose_kernels
+from jaxserve.kernels_pallas.grouped_matmul.limits import ExpertShape
+from jaxserve.kernels_pallas.grouped_matmul.ref import GroupedForm
 from jaxserve.kernels_pallas.kv_layer import KVLayer
 from jaxserve.kernels_pallas.kv_pages import KVPages
 from jaxserve.models.interface import StepBatch
@@ -49,6 +51,21 @@ def test_hopper_gets_kernels_of_its_own():
     assert kernels.paged_prefill is gpu_prefill.paged_prefill
     assert kernels.choose_tokens is sampling.choose_tokens
     assert kernels.name == "mosaic"
+
+
+@NEEDS_JAX_011
+def test_experts_get_a_kernel_or_the_reason():
+    from jaxserve.kernels_pallas.grouped_matmul.gpu import grouped_matmul
+
+    def choose(**change):
+        return choose_kernels(replace(H200, experts=replace(experts, **change)))
+
+    experts = ExpertShape(width=2048, expert_width=768, weights="bfloat16")
+    assert choose().name == "mosaic"
+    assert choose().grouped_matmul == GroupedForm(grouped_matmul, 8, 128)
+    assert choose_kernels(H200).grouped_matmul is choose(weights="fp8").grouped_matmul is None
+    assert "; xla, as the product by experts wants weights of bfloat16, not fp8" in choose(weights="fp8").name
+    assert "wants widths in 64s, not 2048 and 96" in choose(expert_width=96).name
 
 
 def test_another_gpu_gets_xlas_form_and_the_reason():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.kernels_pallas.grouped_matmul.ref import GroupedForm, grouped_matmul
 from jaxserve.models.experts import choose_experts, choose_tile_rows, plan_tiles, run_experts, take_part
 from jaxserve.models.quant import GroupedMatrix, Int4Matrix, QuantizedMatrix
 
@@ -50,6 +51,27 @@ def test_a_token_gets_the_sum_of_its_experts(num_tokens, choice):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_a_form_of_the_product_gives_the_same_sum(num_tokens):
+    """Whatever it leaves in the rows of absent tiles."""
+
+    def multiply(x_MD, w_EFD, expert_I, num_tiles):
+        y_MF = grouped_matmul(x_MD, w_EFD, expert_I, num_tiles)
+        row_M1 = jnp.arange(len(x_MD), dtype=jnp.int32)[:, None]
+        return jnp.where(row_M1 < num_tiles * (len(x_MD) // len(expert_I)), y_MF, jnp.nan)
+
+    rng = np.random.default_rng(num_tokens)
+    h_TD = jnp.asarray(rng.standard_normal((num_tokens, WIDTH), np.float32))
+    chosen = choose_experts(
+        jnp.asarray(rng.standard_normal((num_tokens, NUM_EXPERTS), np.float32)), NUM_CHOSEN, True
+    )
+    flat = [jnp.asarray(w.reshape(-1, w.shape[2]), jnp.bfloat16) for w in make_experts(rng)]
+    run = jax.jit(run_experts, static_argnames=("num_experts", "form"))
+    want = run(h_TD, *chosen, *flat, num_experts=NUM_EXPERTS)
+    got = run(h_TD, *chosen, *flat, num_experts=NUM_EXPERTS, form=GroupedForm(multiply, 4, 8))
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
 def test_shares_that_are_not_normalised_are_of_all_experts():
     logits_TE = jnp.asarray([[0.0, 1.0, 2.0, 3.0]])
     expert_TK, share_TK = choose_experts(logits_TE, 2, False)
@@ -70,7 +92,8 @@ def test_tiles_are_of_one_expert_and_no_more_than_are_needed(tile_rows):
 
 
 def test_a_tile_holds_about_what_an_expert_gets():
-    assert [choose_tile_rows(copies, 128) for copies in (8, 128, 129, 1024, 10**6)] == [1, 1, 2, 8, 64]
+    assert [choose_tile_rows(copies, 128, 1, 64) for copies in (8, 128, 129, 1024, 10**6)] == [1, 1, 2, 8, 64]
+    assert [choose_tile_rows(copies, 128, 8, 128) for copies in (8, 1024, 1025, 10**6)] == [8, 8, 16, 128]
 
 
 def test_a_part_of_a_matrix_is_its_rows_whatever_their_type():

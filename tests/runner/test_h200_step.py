@@ -1,6 +1,6 @@
-"""The whole step of a 7B model, compiled for an H200 without one: kernels where they belong, no copies.
+"""The whole step of a model, compiled for an H200 without one: kernels where they belong, no copies.
 
-Two layers of the Qwen2.5-7B shape, as what is asked of one layer is asked of all.
+Two layers of the Qwen2.5-7B shape, as what is asked of one layer is asked of all; and two of Qwen3-30B-A3B's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ import pytest
 from flax import nnx
 
 from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
-from jaxserve.models import qwen2
+from jaxserve.models import qwen2, qwen3_moe
+from jaxserve.models.experts import describe_experts
 from jaxserve.models.quant import bind_kernels
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
@@ -28,18 +30,23 @@ from jaxserve.runner.programs import run_step
 from jaxserve.weights.served import describe_params
 from tests.kernels.h200 import CompileReport, compile_for_h200, require_h200_compiler
 
-CONFIG = Path(__file__).parents[2] / "benchmarks" / "shapes" / "qwen2.5-7b" / "config.json"
+SHAPES = Path(__file__).parents[2] / "benchmarks" / "shapes"
 VOCAB_SIZE = 152064
+EXPERTS_BYTES = 128 * 2048 * 768 * 2  # of the smaller matrices of a layer of Qwen3-30B-A3B
 PAGE_SIZE = 64
 POOL = PoolSize(num_pages=2049, page_size=PAGE_SIZE, num_slots=256, table_width=128)
 WEIGHT_BYTES = {"none": 2, "int8": 1, "fp8": 1, "int4": 0.5}
 BYTES = {"bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "s8": 1, "f8e4m3fn": 1}
 
 
-def compile_step(shape: Shape, quantization: str = "none") -> tuple[CompileReport, int, int]:
+def compile_step(
+    shape: Shape, quantization: str = "none", family: Any = qwen2, name: str = "qwen2.5-7b"
+) -> tuple[CompileReport, int, int]:
     """The report, the bytes of the pool, and those of the smallest matrix of a layer."""
     require_h200_compiler()
-    cfg = replace(qwen2.Config.from_hf(json.loads(CONFIG.read_text())), num_layers=2)
+    cfg = replace(
+        family.Config.from_hf(json.loads((SHAPES / name / "config.json").read_text())), num_layers=2
+    )
     target = KernelTarget(
         platform="gpu",
         head_dim=cfg.head_dim,
@@ -47,12 +54,13 @@ def compile_step(shape: Shape, quantization: str = "none") -> tuple[CompileRepor
         page_size=PAGE_SIZE,
         kv_dtype="bfloat16",
         compute_capability="9.0",
+        experts=describe_experts(cfg, dtype="bfloat16", quantization=quantization),
     )
-    specs = qwen2.param_specs(cfg)
+    specs = family.param_specs(cfg)
     specs = mark_groups(specs, group_layers(specs))
     params = describe_params(specs, dtype="bfloat16", quantization=quantization)
     kernels = choose_kernels(target)
-    graphdef, weights = nnx.split(qwen2.Model(cfg, bind_kernels(params, kernels), kernels))
+    graphdef, weights = nnx.split(family.Model(cfg, bind_kernels(params, kernels), kernels))
     state = jax.eval_shape(partial(make_state, cfg, POOL, jnp.dtype(jnp.bfloat16)))
     packed = jax.ShapeDtypeStruct((packed_size(shape, POOL.table_width),), jnp.int32)
     step = partial(run_step, graphdef, shape, PAGE_SIZE)
@@ -105,3 +113,13 @@ def test_a_step_runs_our_kernels_and_loops_over_nothing_else(shape, attention):
     assert names >= {"rope_write", *attention}
     num_loops = report.hlo[report.hlo.index("\nENTRY") :].count(" while(")
     assert num_loops == (1 if shape.num_tokens else 0)  # that scores prompts: no time round unless asked
+
+
+def test_a_step_multiplies_by_all_experts_at_once():
+    """Two launches a layer; no loop, which would wait for the host at every turn, and no expert copied."""
+    report, _, _ = compile_step(Shape(64, 0), family=qwen3_moe, name="qwen3-30b-a3b")
+    entry = report.hlo[report.hlo.index("\nENTRY") :]
+    assert entry.count("grouped_matmul") >= 4
+    assert list_copies(entry, EXPERTS_BYTES) == []
+    assert " while(" not in report.hlo
+    assert report.temp_bytes < EXPERTS_BYTES

@@ -1,0 +1,44 @@
+"""Products by the matrices of experts, a tile of rows by the matrix of one: the specification.
+
+The rows are those of tiles of R, one behind another; each tile is of one expert, and tiles from `num_tiles`
+on hold nothing. On a CPU nothing runs this: models/experts.py has a loop of its own, of whole MLPs.
+
+    rows, in tiles of 2     a b | c - | d - | - -       expert_I  0 0 2 any      num_tiles  3
+
+Letters beside the usual ones: E experts, I tiles, R rows of a tile, M rows of all (I x R). Knows nothing of
+how tokens come to their experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class GroupedForm(NamedTuple):
+    """A form of the product, and the tiles that it takes: powers of two of rows, within these."""
+
+    multiply: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+    least_rows: int
+    most_rows: int
+
+
+def grouped_matmul(x_MD: jax.Array, w_EFD: jax.Array, expert_I: jax.Array, num_tiles: jax.Array) -> jax.Array:
+    """Each tile of x times the transpose of its expert's matrix: [M, F] float32, of bf16.
+
+    `expert_I` int32, those from `num_tiles` (int32) on within E. Rows of absent tiles may hold anything.
+    """
+    x_IRD = x_MD.reshape(len(expert_I), -1, x_MD.shape[1])
+
+    def run_tile(index: jax.Array, y_IRF: jax.Array) -> jax.Array:
+        w_FD = w_EFD[expert_I[index]]
+        y_RF = jax.lax.dot_general(
+            x_IRD[index], w_FD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )
+        return y_IRF.at[index].set(y_RF)
+
+    y_IRF = jnp.zeros((*x_IRD.shape[:2], w_EFD.shape[1]), jnp.float32)
+    return jax.lax.fori_loop(jnp.int32(0), num_tiles, run_tile, y_IRF).reshape(len(x_MD), -1)

@@ -1,0 +1,67 @@
+"""Products by the matrices of experts: the cases that every form must get right, and what they must give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    counts_E: tuple[int, ...]  # rows of each expert
+    tile_rows: int
+    num_outputs: int
+    num_inputs: int
+    num_absent: int = 0  # tiles
+
+
+CASES = [
+    Case("one row", (0, 1, 0), 8, 64, 64),
+    Case("ragged, one expert with none, absent tiles", (9, 0, 3, 8), 8, 128, 7 * 128, num_absent=2),
+    Case("all to one expert, whose last tile has one row", (0, 0, 33, 0), 32, 64, 192),
+    Case("tiles of a left operand's rows", (65, 64), 64, 384, 6 * 64, num_absent=1),
+    Case("tiles for two consumers", (129, 0, 5), 128, 256, 5 * 64),
+]
+
+
+class Input(NamedTuple):
+    """The arguments, and the result in float64; NaN where rows of absent tiles may be anything."""
+
+    x_MD: jax.Array
+    w_EFD: jax.Array
+    expert_I: jax.Array
+    num_tiles: jax.Array
+    want_MF: np.ndarray
+
+
+def make_input(case: Case) -> Input:
+    rng = np.random.default_rng(case.num_inputs)
+    num_experts = len(case.counts_E)
+    expert_I = [e for e, count in enumerate(case.counts_E) for _ in range(-(-count // case.tile_rows))]
+    num_tiles = len(expert_I)
+    expert_I += [num_experts] * case.num_absent  # none that there is
+    x_MD, w_EFD = (
+        jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
+        for shape in (
+            (len(expert_I) * case.tile_rows, case.num_inputs),
+            (num_experts, case.num_outputs, case.num_inputs),
+        )
+    )
+    want_MF = np.full((len(x_MD), case.num_outputs), np.nan)
+    for index in range(num_tiles):
+        rows = slice(index * case.tile_rows, (index + 1) * case.tile_rows)
+        w_FD = np.asarray(w_EFD[expert_I[index]]).astype(np.float64)
+        want_MF[rows] = np.asarray(x_MD[rows]).astype(np.float64) @ w_FD.T
+    return Input(x_MD, w_EFD, jnp.asarray(expert_I, jnp.int32), jnp.int32(num_tiles), want_MF)
+
+
+def measure_error(got_MF: jax.Array, want_MF: np.ndarray) -> float:
+    """The largest difference in rows of present tiles, of the largest value; NaN where one is missing."""
+    is_there_M = ~np.isnan(want_MF[:, 0])
+    difference = np.asarray(got_MF)[is_there_M].astype(np.float64) - want_MF[is_there_M]
+    return float(np.abs(difference).max() / np.abs(want_MF[is_there_M]).max())
