@@ -65,7 +65,7 @@ PARTS = [
         limit_s=120,
         commands=tuple(
             f"check_kernels.py --groups {group}"
-            for group in ("decode", "prefill", "'rope write' sampling int4")
+            for group in ("decode", "prefill", "'rope write' sampling int4 experts")
         ),
         dry=("check_kernels.py --form xla --first 2 --groups decode 'rope write'",),
         columns=("kernel", "case", "error", "tolerance", "right"),

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_kernels import find_form
 
-from tests.kernels import cases_decode, cases_int4, cases_prefill, cases_sampling
+from tests.kernels import cases_decode, cases_grouped, cases_int4, cases_prefill, cases_sampling
 from tests.kernels.cases import Heads, store
 
 # Of numbers near 1: operands and probabilities are rounded to bf16, or to float16 where the pool is fp8.
@@ -120,6 +120,13 @@ def check_int4(form: Callable) -> Iterator[Check]:
         yield case.name, measure_error(jax.jit(form)(x_TD, w), want_TF) / np.abs(want_TF).max(), 4e-3
 
 
+def check_experts(form: Callable) -> Iterator[Check]:
+    """Of the largest result."""
+    for case in cases_grouped.CASES:
+        *arguments, want_MF = cases_grouped.make_input(case)
+        yield case.name, cases_grouped.measure_error(jax.jit(form)(*arguments), want_MF), 1e-5
+
+
 def measure_error(got: Any, want: Any) -> float:
     """The largest difference; not a number where a number is missing."""
     got, want = (np.asarray(x).astype(np.float64) for x in (got, want))
@@ -132,6 +139,7 @@ CHECKS = {
     "rope write": check_rope_write,
     "sampling": check_sampling,
     "int4": check_int4,
+    "experts": check_experts,
 }
 
 

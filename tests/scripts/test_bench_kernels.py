@@ -16,6 +16,7 @@ import pytest
 
 from scripts import (
     kernel_bench_decode,
+    kernel_bench_grouped,
     kernel_bench_int4,
     kernel_bench_prefill,
     kernel_bench_rope_write,
@@ -49,6 +50,9 @@ def make_small_case(group: str) -> Case:
     elif group == "int4":
         small = replace(kernel_bench_int4.INT4_BENCHES[0], num_outputs=256)
         given = kernel_bench_int4.make_arguments(small, key)
+    elif group == "experts":
+        small = replace(kernel_bench_grouped.GROUPED_BENCHES[0], num_experts=16)
+        given = kernel_bench_grouped.make_arguments(small, key)
     else:
         small = replace(kernel_bench_rope_write.ROPE_WRITE_BENCHES[0], num_tokens=8, num_pages=64)
         given = kernel_bench_rope_write.make_arguments(small, key)
@@ -83,7 +87,7 @@ def test_without_a_gpu_it_says_so():
     assert "There is no GPU here" in done.stderr
 
 
-@pytest.mark.parametrize("group", ["decode", "prefill", "rope write", "sampling", "int4"])
+@pytest.mark.parametrize("group", ["decode", "prefill", "rope write", "sampling", "int4", "experts"])
 def test_the_timed_loop_holds_the_kernel_and_copies_nothing_large(group):
     require_h200_compiler()
     case = make_small_case(group)
