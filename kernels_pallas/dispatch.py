@@ -14,9 +14,12 @@ import jax
 
 from jaxserve.kernels_pallas.grouped_matmul.limits import (
     LEAST_GPU_ROWS,
+    LEAST_TPU_ROWS,
     MOST_GPU_ROWS,
+    MOST_TPU_ROWS,
     ExpertShape,
     find_gpu_limit,
+    find_tpu_limit,
 )
 from jaxserve.kernels_pallas.grouped_matmul.ref import GroupedForm
 from jaxserve.kernels_pallas.int4_matmul import ref as int4_matmul_ref
@@ -152,6 +155,7 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
     if limit:
         return replace(XLA_KERNELS, name=f"xla ({limit})")
     # Pallas for TPUs takes a second to import, so it waits until it is known to be wanted.
+    from jaxserve.kernels_pallas.grouped_matmul.tpu import grouped_matmul
     from jaxserve.kernels_pallas.kv_write.tpu import rope_write
     from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
     from jaxserve.kernels_pallas.paged_attention.tpu_prefill import paged_prefill
@@ -162,13 +166,16 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
     unknown = (
         "" if target.device_kind in CHIPS else f"; no figures of {target.device_kind!r}, so others' sizes"
     )
+    grouped_limit = find_tpu_limit(target.experts) if target.experts else ""
+    grouped_form = GroupedForm(grouped_matmul, LEAST_TPU_ROWS, MOST_TPU_ROWS)
     return KernelSet(
-        name=f"pallas{unknown}",
+        name=f"pallas{unknown}" + (f"; xla, as {grouped_limit}" if grouped_limit else ""),
         rope_write=rope_write,
         paged_decode=partial(paged_decode, chip=chip),
         paged_prefill=partial(paged_prefill, chip=chip),
         choose_tokens=partial(sampling_ref.choose_tokens, block_rows=TPU_DRAWN_ROWS),
         make_kv=make_pages,
+        grouped_matmul=grouped_form if target.experts and not grouped_limit else None,
         list_step_work=partial(list_step_work, chip=chip),
         block_rows=TPU_BLOCK_ROWS,
     )

@@ -62,9 +62,12 @@ def run_experts(
     w_down_DF: Matrix,
     num_experts: int,
     form: GroupedForm | None = None,
+    first_expert: jax.Array | int = 0,
 ) -> jax.Array:
-    """The sum of what each token's experts make of it, by their shares: [T, D] float32. `form` is the
-    kernel's, if there is one.
+    """The sum of what each token's experts make of it, by their shares: [T, D] float32.
+
+    `form` is the kernel's, if there is one; the matrices may then be stacks of all layers', with an axis in
+    front, in which the layer's experts begin at `first_expert`.
 
     Of each expert the rows of gate stand before those of up, and those of the next behind.
     """
@@ -81,6 +84,7 @@ def run_experts(
     if form is None:
         y_MD = _run_one_by_one(x_MD, tiles, matrices, num_experts)
     else:
+        tiles = tiles._replace(expert_I=tiles.expert_I + first_expert)
         y_MD = _run_at_once(x_MD, tiles, matrices, num_experts, form)
     y_TKD = y_MD[tiles.row_P].reshape(num_tokens, num_chosen, -1)
     return (y_TKD * share_TK[:, :, None]).sum(axis=1)
@@ -93,8 +97,10 @@ def _run_at_once(
 
     def multiply(x_MD: jax.Array, w_FD: Matrix) -> jax.Array:
         assert isinstance(w_FD, jax.Array), "a form of the product is chosen for matrices of bf16"
-        w_EFD = w_FD.reshape(num_experts, -1, w_FD.shape[1])
-        return form.multiply(to_bf16(x_MD), w_EFD, tiles.expert_I, tiles.num_tiles)
+        *_, num_rows, num_inputs = w_FD.shape
+        w_EFD = w_FD.reshape(-1, num_rows // num_experts, num_inputs)
+        x_MD = to_bf16(x_MD) if w_FD.dtype == jnp.bfloat16 else x_MD.astype(w_FD.dtype)
+        return form.multiply(x_MD, w_EFD, tiles.expert_I, tiles.num_tiles)
 
     w_gate_up_FD, w_down_DF = matrices
     gate_MF, up_MF = jnp.split(multiply(x_MD, w_gate_up_FD), 2, axis=1)

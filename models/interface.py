@@ -154,6 +154,7 @@ class StepBatch(NamedTuple):
     sample_token_B: jax.Array  # int32, index in T of the token whose logits row B samples
     images: ImageTokens | None = None  # None in programs that feed no image
     work: Any = None  # of attention, for kernels that want it listed once for all layers (`list_work`)
+    layer: jax.Array | None = None  # int32, whose turn it is, where a program loops over stacked layers
 
 
 class ModelConfig(Protocol):

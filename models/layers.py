@@ -103,6 +103,7 @@ def run_layers(
             table_XW=batch.table_XW + first_page,
             write_index_T=batch.write_index_T + first_page * page_size,
             work=batch.work and batch.work.move(first_page),
+            layer=index,
         )
         return run_layer(layer, *carry, batch_here), None
 

@@ -175,6 +175,10 @@ class Model(nnx.Module):
         rope = rope_tables(batch.positions_T, frequencies)
         x_TD = embed(batch.token_ids_T, self.embed_VD.get_value(), shards)
         graphdef, _ = nnx.split(self.layers[0])
+        grouped, stacks = self.kernels.grouped_matmul, None
+        if self.is_stacked and grouped is not None:
+            # For a kernel, a loop over layers would copy what it cuts out of a stack.
+            stacks = self.layers[0].w_gate_up_FD.get_value(), self.layers[0].w_down_DF.get_value()
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
         @jax.jit
@@ -192,9 +196,10 @@ class Model(nnx.Module):
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
             logits_TE = matmul(h_TD, layer.w_router_ED.get_value())
             chosen = choose_experts(logits_TE, cfg.num_chosen, cfg.normalizes_shares)
-            grouped = self.kernels.grouped_matmul
-            matrices = layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value()
-            return x_TD + shards.add(run_experts(h_TD, *chosen, *matrices, cfg.num_experts, grouped)), kv
+            matrices = stacks or (layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value())
+            first = 0 if batch.layer is None else batch.layer * cfg.num_experts
+            y_TD = run_experts(h_TD, *chosen, *matrices, cfg.num_experts, grouped, first)
+            return x_TD + shards.add(y_TD), kv
 
         states = [nnx.state(layer) for layer in self.layers]
         return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, kv, batch)

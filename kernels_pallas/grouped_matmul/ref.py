@@ -1,7 +1,7 @@
 """Products by the matrices of experts, a tile of rows by the matrix of one: the specification.
 
 The rows are those of tiles of R, one behind another; each tile is of one expert, and tiles from `num_tiles`
-on hold nothing. On a CPU nothing runs this: models/experts.py has a loop of its own, of whole MLPs.
+on hold nothing. No server runs this form: models/experts.py has a loop of its own, of whole MLPs.
 
     rows, in tiles of 2     a b | c - | d - | - -       expert_I  0 0 2 any      num_tiles  3
 

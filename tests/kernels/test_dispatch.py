@@ -68,6 +68,18 @@ def test_experts_get_a_kernel_or_the_reason():
     assert "wants widths in 64s, not 2048 and 96" in choose(expert_width=96).name
 
 
+def test_a_tpu_has_a_product_by_experts_too():
+    from jaxserve.kernels_pallas.grouped_matmul.tpu import grouped_matmul
+
+    experts = ExpertShape(width=2048, expert_width=768, weights="bfloat16")
+    assert choose_kernels(replace(V5E, experts=experts)).grouped_matmul == GroupedForm(
+        grouped_matmul, 16, 128
+    )
+    kernels = choose_kernels(replace(V5E, experts=replace(experts, weights="int8")))
+    assert kernels.grouped_matmul is None
+    assert kernels.name == "pallas; xla, as the product by experts wants weights of bfloat16, not int8"
+
+
 def test_another_gpu_gets_xlas_form_and_the_reason():
     kernels = choose_kernels(replace(H200, compute_capability="8.0"))
     assert kernels.paged_decode is XLA_KERNELS.paged_decode

@@ -12,6 +12,7 @@ import pytest
 from jaxserve.kernels_pallas.grouped_matmul import ref
 from tests.kernels.cases_grouped import CASES, make_input, measure_error
 from tests.kernels.h200 import assert_fits, compile_for_h200, require_h200_compiler
+from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu
 
 TOLERANCE = 1e-6  # products of bf16 are exact in float32: only sums are rounded
 
@@ -84,3 +85,33 @@ def test_kernel_compiles_for_h200(tile_rows, num_outputs, num_inputs, max_regist
     kernel = report.kernel("grouped_matmul")
     assert_fits(kernel, max_registers=max_registers, blocks_per_sm=blocks_per_sm)
     assert report.temp_bytes == 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tpu_kernel_simulated(case, capfd):
+    from jax.experimental.pallas import tpu as pltpu
+
+    from jaxserve.kernels_pallas.grouped_matmul.tpu import grouped_matmul
+
+    *arguments, want_MF = make_input(case)
+    interpret = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+    multiply = jax.jit(partial(grouped_matmul, interpret=interpret))
+    assert measure_error(multiply(*arguments), want_MF) < TOLERANCE
+    assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize(("tile_rows", "num_outputs", "num_inputs"), [(16, 1536, 2048), (128, 2048, 768)])
+def test_tpu_kernel_compiles(chip, tile_rows, num_outputs, num_inputs):
+    from jaxserve.kernels_pallas.grouped_matmul.tpu import grouped_matmul
+
+    report = compile_for_tpu(
+        chip,
+        grouped_matmul,
+        jax.ShapeDtypeStruct((160 * tile_rows, num_inputs), jnp.bfloat16),
+        jax.ShapeDtypeStruct((128, num_outputs, num_inputs), jnp.bfloat16),
+        jax.ShapeDtypeStruct((160,), jnp.int32),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+    assert report.hlo.count('custom_call_target="tpu_custom_call"') == 1
+    assert report.temp_bytes < 65536  # no matrix in another layout

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.kernels_pallas.dispatch import XLA_KERNELS
+from jaxserve.kernels_pallas.dispatch import XLA_KERNELS, KernelSet
+from jaxserve.kernels_pallas.grouped_matmul.ref import GroupedForm, grouped_matmul
 from jaxserve.runner.buckets import Shape, make_ladder
 from jaxserve.runner.checkpoint import Checkpoint, read_family
 from jaxserve.runner.device_state import PoolSize
@@ -26,22 +27,30 @@ POOL = PoolSize(num_pages=7, page_size=PAGE_SIZE, num_slots=2, table_width=6, st
 GREEDY = TokenParams(max_new_tokens=32)
 
 
-def make_checkpoint(folder, name: str, quantization: str = "none") -> Checkpoint:
+def make_checkpoint(
+    folder, name: str, quantization: str = "none", kernels: KernelSet = XLA_KERNELS
+) -> Checkpoint:
     files = resolve_model(str(write_tiny_checkpoint(folder, name)), on_progress=lambda *_: None)
     family, cfg = read_family(name, files)
     return Checkpoint(
         files=files,
         family=family,
         cfg=cfg,
-        kernels=XLA_KERNELS,
+        kernels=kernels,
         dtype="float32",
         quantization=quantization,
         stacks_layers=True,
     )
 
 
-def make_runner(folder, name: str, quantization: str = "none", kv_dtype: str = "float32") -> ModelRunner:
-    checkpoint = make_checkpoint(folder, name, quantization)
+def make_runner(
+    folder,
+    name: str,
+    quantization: str = "none",
+    kv_dtype: str = "float32",
+    kernels: KernelSet = XLA_KERNELS,
+) -> ModelRunner:
+    checkpoint = make_checkpoint(folder, name, quantization, kernels)
     model = checkpoint.describe_model()
     ladder = make_ladder(max_rows=1, max_tokens=64, min_rows=1, mixes=False)
     runner = ModelRunner(model, checkpoint.cfg, POOL, jnp.dtype(kv_dtype), ladder, checkpoint)
@@ -67,6 +76,15 @@ def decode(runner: ModelRunner, prompt_ids: list[int], num_tokens: int) -> list[
 def test_a_loop_over_layers_gives_the_golden_tokens(tmp_path, name):
     golden = read_tiny_goldens(name)[33]
     runner = make_runner(tmp_path, name)
+    wanted = list(golden.greedy_ids)[:8]
+    assert decode(runner, golden.prompt_ids, len(wanted)) == wanted
+    runner.close()
+
+
+def test_a_product_by_experts_finds_those_of_its_layer_in_the_stack(tmp_path):
+    golden = read_tiny_goldens("qwen3_moe")[33]
+    form = GroupedForm(grouped_matmul, 4, 8)
+    runner = make_runner(tmp_path, "qwen3_moe", kernels=replace(XLA_KERNELS, grouped_matmul=form))
     wanted = list(golden.greedy_ids)[:8]
     assert decode(runner, golden.prompt_ids, len(wanted)) == wanted
     runner.close()

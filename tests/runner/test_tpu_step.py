@@ -5,7 +5,9 @@ Two layers of the Llama 3.2 1B shape, as what is asked of one layer is asked of 
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -14,15 +16,17 @@ import pytest
 from flax import nnx
 
 from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
-from jaxserve.models import llama
+from jaxserve.models import llama, qwen3_moe
+from jaxserve.models.experts import describe_experts
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape, make_ladder
 from jaxserve.runner.device_state import PoolSize, make_state
 from jaxserve.runner.programs import Programs, run_step
 from jaxserve.weights.placement import make_placement
 from jaxserve.weights.served import describe_params
+from jaxserve.weights.stacks import describe_stacks
 from tests.kernels.tpu import compile_for_tpu, device_kind, list_devices, lowering_for
-from tests.runner.test_h200_step import list_copies
+from tests.runner.test_h200_step import EXPERTS_BYTES, SHAPES, list_copies
 
 CFG = llama.Config(
     vocab_size=32768,
@@ -105,3 +109,29 @@ def test_four_chips_share_the_step_and_each_has_its_rows_of_the_pool():
     assert memory.alias_size_in_bytes >= own_bytes
     assert memory.temp_size_in_bytes < own_bytes / 8
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2 * CFG.num_layers
+
+
+def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack():
+    hf_config = json.loads((SHAPES / "qwen3-30b-a3b" / "config.json").read_text())
+    cfg = replace(qwen3_moe.Config.from_hf(hf_config), num_layers=3)
+    target = KernelTarget(
+        platform="tpu",
+        head_dim=cfg.head_dim,
+        num_kv_heads=cfg.num_kv_heads,
+        page_size=PAGE_SIZE,
+        kv_dtype="bfloat16",
+        device_kind=device_kind("v5e"),
+        experts=describe_experts(cfg, dtype="bfloat16", quantization="none"),
+    )
+    kernels = choose_kernels(target)
+    params = describe_params(qwen3_moe.param_specs(cfg), dtype="bfloat16", quantization="none")
+    model = qwen3_moe.Model(cfg, describe_stacks(params, cfg.num_layers), kernels)
+    graphdef, weights = nnx.split(model)
+    pool = replace(POOL, stacks_layers=True)
+    state = jax.eval_shape(partial(make_state, cfg, pool, jnp.dtype(jnp.bfloat16), make_kv=kernels.make_kv))
+    shape = Shape(64, 0)
+    packed = jax.ShapeDtypeStruct((packed_size(shape, pool.table_width),), jnp.int32)
+    step = partial(run_step, graphdef, shape, PAGE_SIZE)
+    report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1)
+    assert report.hlo.count('custom_call_target="tpu_custom_call"') == 4  # the write, decode, two products
+    assert report.temp_bytes < EXPERTS_BYTES / 8
