@@ -23,6 +23,7 @@ from jaxserve.models.layers import (
     RopeScaling,
     attend,
     keep_channels,
+    list_work,
     rms_norm,
     rope_frequencies,
     rope_tables,
@@ -174,6 +175,7 @@ class Model(nnx.Module):
         frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         rope = rope_tables(batch.positions_T, frequencies)
         x_TD = embed(batch.token_ids_T, self.embed_VD.get_value(), shards)
+        batch = list_work(self.kernels, batch, kv, cfg.num_heads)
         graphdef, _ = nnx.split(self.layers[0])
         grouped, stacks = self.kernels.grouped_matmul, None
         if self.is_stacked and grouped is not None:
