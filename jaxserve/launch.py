@@ -66,8 +66,9 @@ def run(
 
     `first_engines`, one of each dp_rank, were started from `engine_command` before this module was imported.
     """
-    environments = divide_devices(config, os.environ)
-    engines = first_engines or [EngineProcess(engine_command, each) for each in environments]
+    engines = first_engines or [
+        EngineProcess(engine_command, environment) for environment in divide_devices(config, os.environ)
+    ]
     try:
         return _serve(config, command, engine_command, engines)
     finally:
@@ -88,10 +89,11 @@ def _serve(
     listener = _listen(config.host, config.port)
     with Progress(config.log_level) as progress:
         files = find_model(config, progress)
+    model_path = local_model_path(files)
     supervisors = [
         EngineSupervisor(
             config,
-            local_model_path(files),
+            model_path,
             EngineClient(rank if len(engines) > 1 else None),
             engine_command,
             engine,
@@ -99,7 +101,7 @@ def _serve(
         for rank, engine in enumerate(engines)
     ]
     clients = [supervisor.client for supervisor in supervisors]
-    weights = UpdateWeights(local_model_path(files), config.load_format)
+    weights = UpdateWeights(model_path, config.load_format)
     port = clients[0] if len(clients) == 1 else EngineGroup(clients, weights)
     tokenizer = read_tokenizer(config, files)  # while the engine loads
     logger.info("The tokenizer is ready after %.1f s.", time.perf_counter() - started_s)
