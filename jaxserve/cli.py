@@ -86,11 +86,16 @@ def run_command(words: list[str]) -> int:
     return command(words[1:])
 
 
-def launch(argv: list[str]) -> int:
+def read_settings(argv: list[str]) -> ServerConfig:
+    """What a command line comes to. From here on logging is as it says, beginning with what was odd in it."""
     options = load_config(argv)
     set_up_logging(options.config.log_level, options.config.log_level_http)
     log_warnings(options)
-    config = take_seat(options.config)
+    return options.config
+
+
+def launch(argv: list[str]) -> int:
+    config = take_seat(read_settings(argv))
     if config.node_rank:
         from jaxserve.follow import FOLLOWER_COMMAND, follow
 
@@ -104,33 +109,26 @@ def launch(argv: list[str]) -> int:
 
 def plan(argv: list[str]) -> int:
     plan_options, rest = read_plan_options(argv)
-    options = load_config(rest)
-    set_up_logging(options.config.log_level)
-    log_warnings(options)
+    config = read_settings(rest)
     keep_to_cpu()
     from jaxserve.planning.command import plan as run_plan
 
-    run_plan(options.config, plan_options)
+    run_plan(config, plan_options)
     return 0
 
 
 def convert(argv: list[str]) -> int:
     output, rest = read_output(argv)
-    options = load_config(rest)
-    set_up_logging(options.config.log_level)
-    log_warnings(options)
+    config = read_settings(rest)
     keep_to_cpu()
     from jaxserve.convert import convert as run_convert
 
-    run_convert(options.config, output)
+    run_convert(config, output)
     return 0
 
 
 def show_config(argv: list[str]) -> int:
-    options = load_config(argv)
-    set_up_logging(options.config.log_level)
-    log_warnings(options)
-    print(render_config(options.config), end="")
+    print(render_config(read_settings(argv)), end="")
     return 0
 
 
