@@ -146,8 +146,7 @@ def print_plan(
     model: str, plans: Sequence[SlicePlan], options: PlanOptions, cheapest: Candidate | None, console: Console
 ) -> None:
     precision = plans[0].fit.sketch.precision
-    weights = precision.dtype if precision.quantization == "none" else precision.quantization
-    console.print(f"{model}, weights {weights}, cache {precision.kv_dtype}")
+    console.print(f"{model}, weights {precision.served_as}, cache {precision.kv_dtype}")
     console.print(_memory_table(plans, options))
     if any(plan.programs for plan in plans):
         console.print(_program_table(plans))
@@ -260,8 +259,8 @@ def _table(title: str, *columns: str) -> Table:
 
 def _shorten(count: int) -> str:
     """12,345 as 12.3k, 1,234,567 as 1.23M: three digits at least."""
-    for size, letter in ((10**6, "M"), (10**3, "k")):
-        if count >= 10 * size or count >= size == 10**6:
+    for least, size, letter in ((10**6, 10**6, "M"), (10**4, 10**3, "k")):
+        if count >= least:
             digits = max(0, 2 - int(math.log10(count / size)))
             return f"{count / size:,.{digits}f}{letter}"
     return f"{count:,}"

@@ -69,19 +69,29 @@ class Workload:
         return count_token_rows(self.layout, self.num_heads)
 
 
+def time_median(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes until its result is there."""
+    jax.block_until_ready(call())
+    times_s = []
+    for _ in range(NUM_RUNS):
+        start_s = time.perf_counter()
+        jax.block_until_ready(call())
+        times_s.append(time.perf_counter() - start_s)
+    return statistics.median(times_s)
+
+
 def tune(
     workload: Workload,
     device_kind: str,
     chip: Chip,
     on_progress: OnProgress = lambda done, total: None,
-    time_call: Callable[[Callable[[], Any]], float] | None = None,
+    time_call: Callable[[Callable[[], Any]], float] = time_median,
     interpret: Any = False,
 ) -> list[TunedBlocks]:
     """The fastest blocks for decode, then for prefill: `chip`'s own unless others are faster by LEAST_GAIN.
 
     Sizes that do not compile are passed over, but for the chip's own: raises what the compiler raises.
     """
-    time_call = time_call or time_median
     untuned = replace(chip, tuned=())
     decode = list(list_decode_blocks(workload, untuned))
     prefill = list(list_prefill_blocks(workload, untuned))
@@ -119,17 +129,6 @@ def tune(
             )
         )
     return found
-
-
-def time_median(call: Callable[[], Any]) -> float:
-    """Seconds that a call takes until its result is there."""
-    jax.block_until_ready(call())
-    times_s = []
-    for _ in range(NUM_RUNS):
-        start_s = time.perf_counter()
-        jax.block_until_ready(call())
-        times_s.append(time.perf_counter() - start_s)
-    return statistics.median(times_s)
 
 
 def list_decode_blocks(workload: Workload, chip: Chip) -> Iterator[Blocks]:
