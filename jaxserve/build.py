@@ -126,8 +126,7 @@ def _log_precision(config: ServerConfig, machine: Machine, sketch: ModelSketch) 
         logger.warning("Here 4-bit weights become bfloat16 in every step: they save memory, and take time.")
     if sketch.unpacks_because:
         logger.info("The checkpoint's 4 bits are not served as they are: %s.", sketch.unpacks_because)
-    served = precision.dtype if precision.quantization == "none" else precision.quantization
-    logger.info("Load weight begin. %s as %s", config.model_path, served)
+    logger.info("Load weight begin. %s as %s", config.model_path, precision.served_as)
 
 
 def _log_sizes(blueprint: Blueprint, runner: ModelRunner, info: EngineInfo) -> None:

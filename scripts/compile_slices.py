@@ -62,7 +62,7 @@ def list_rows(models: list[str], slices: list[str], json_path: str | None = None
 
     for model in models:
         for fit, names, problem in _list_fits(model, slices):
-            head = [model, ", ".join(names), _name_weights(fit)]
+            head = [model, ", ".join(names), fit.sketch.precision.served_as]
             if problem:
                 yield [*head, problem, *["-"] * (len(COLUMNS) - len(head) - 1)]
                 continue
@@ -126,7 +126,7 @@ def _describe(model: str, names: list[str], fit, report) -> dict:
     return {
         "model": model,
         "slices": names,
-        "weights": _name_weights(fit),
+        "weights": fit.sketch.precision.served_as,
         "tp_size": fit.sketch.tp_size,
         "program": str(report.shape),
         "compile_s": report.compile_s,
@@ -140,11 +140,6 @@ def _describe(model: str, names: list[str], fit, report) -> dict:
         "roofline_s": roofline_s,
         "problem": report.problem,
     }
-
-
-def _name_weights(fit) -> str:
-    precision = fit.sketch.precision
-    return precision.dtype if precision.quantization == "none" else precision.quantization
 
 
 if __name__ == "__main__":

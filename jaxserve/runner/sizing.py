@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import TunedBlocks
+from jaxserve.weights.saved_form import name_form
 
 GIB = 1 << 30
 PAGE_SIZE = {"tpu": 128, "gpu": 64, "cpu": 16}
@@ -39,6 +40,10 @@ class Precision:
     dtype: str  # of weights that are not quantised: "float32" or "bfloat16"
     quantization: str  # "none", "int8", "fp8" or "int4"
     kv_dtype: str
+
+    @property
+    def served_as(self) -> str:
+        return name_form(self.dtype, self.quantization)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -120,3 +120,8 @@ class EnginePort(Protocol):
         """Serve another checkpoint of the same architecture, once it is whole in memory and what runs has
         ended; returns how many requests were paused. If it fails the present one is served on."""
         ...
+
+
+def count_devices(engine: EnginePort) -> int:
+    """Of all engines together; of those that are ready, while others start."""
+    return sum(each.info.num_devices for each in engine.engines if each.info)

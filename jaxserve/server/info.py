@@ -13,6 +13,7 @@ from sanic.request import Request
 from sanic.response import HTTPResponse
 
 from jaxserve import __version__
+from jaxserve.server.engine_port import count_devices
 from jaxserve.server.openai_protocol import check_model
 from jaxserve.server.replies import ModelCard, ModelInfo, ModelList, json_response
 from jaxserve.server.state import AppState, state_of
@@ -87,7 +88,7 @@ async def show_server_info(request: Request) -> HTTPResponse:
         "startup_time": info.startup_s,
         "platform": info.platform,
         "device_kind": info.device_kind,
-        "num_devices": sum(each.info.num_devices for each in state.engine.engines if each.info),
+        "num_devices": count_devices(state.engine),
         "dtype": info.dtype,
         "quantization": info.quantization,
         "context_length": info.context_length,

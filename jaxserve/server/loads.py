@@ -16,6 +16,7 @@ from sanic.response import HTTPResponse
 
 from jaxserve import __version__
 from jaxserve.errors import InvalidRequestError
+from jaxserve.server.engine_port import count_devices
 from jaxserve.server.replies import json_response
 from jaxserve.server.state import AppState, state_of
 from jaxserve.types import EngineInfo, EngineStats
@@ -52,7 +53,7 @@ async def show_loads(request: Request) -> HTTPResponse:
         "timestamp": datetime.now(UTC).isoformat(),
         "version": __version__,
         "accelerator": info.device_kind,
-        "num_accelerators": sum(each.info.num_devices for each in state.engine.engines if each.info),
+        "num_accelerators": count_devices(state.engine),
         "loads": loads,
     }
     return json_response(body)

@@ -26,7 +26,7 @@ from jaxserve.weights.cache import ProgressCallback
 from jaxserve.weights.layout import count_own_columns, find_held, list_pieces
 from jaxserve.weights.placement import ALONE
 from jaxserve.weights.resolve import ModelFiles
-from jaxserve.weights.saved_form import PARAMS_FOLDER, SavedForm
+from jaxserve.weights.saved_form import PARAMS_FOLDER, SavedForm, name_form
 from jaxserve.weights.served import count_served_bytes, list_arrays
 
 QUANTIZED_PARTS = ("q", "scale")  # of a QuantizedMatrix, by name under the parameter's path
@@ -95,7 +95,7 @@ def restore_params(
     form = files.saved
     assert form is not None, "files without a header are not of this kind"
     if (form.dtype, form.quantization) != (dtype, quantization):
-        served_as = dtype if quantization == "none" else quantization
+        served_as = name_form(dtype, quantization)
         advice = (
             "Take the original."
             if quantization == "int4"

@@ -44,7 +44,12 @@ class SavedForm:
 
     @property
     def served_as(self) -> str:
-        return self.dtype if self.quantization == "none" else self.quantization
+        return name_form(self.dtype, self.quantization)
+
+
+def name_form(dtype: str, quantization: str) -> str:
+    """What matrices are served as, in a word."""
+    return dtype if quantization == "none" else quantization
 
 
 def write_header(folder: Path, form: SavedForm) -> None:
