@@ -63,7 +63,7 @@ def write_verified(target: Path, partial: Path, chunks: Iterable[bytes], sha256:
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
-    flush_directory(target.parent)
+    flush(target.parent)
 
 
 def describe_write_failure(error: OSError, folder: Path, needed_bytes: int | None) -> WeightError:
@@ -80,9 +80,9 @@ def describe_write_failure(error: OSError, folder: Path, needed_bytes: int | Non
     )
 
 
-def flush_directory(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """Put a file's contents on the disk, or a folder's names, so that a rename in it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxserve.errors import ConfigError, WeightError
-from jaxserve.weights.cache import flush_directory
+from jaxserve.weights.cache import flush
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -46,7 +46,7 @@ def whole_folder(target: Path, needed_bytes: int) -> Iterator[Path]:
             if isinstance(error, OSError):
                 raise _describe_failure(error, target) from error
             raise
-    flush_directory(target.parent)
+    flush(target.parent)
 
 
 def _describe_failure(error: OSError, target: Path) -> WeightError:
@@ -99,9 +99,5 @@ def _flush(folder: Path) -> None:
     """Every file and folder below, so that the rename is not on the disk before they are."""
     for path, _, names in os.walk(folder):
         for name in names:
-            descriptor = os.open(os.path.join(path, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        flush_directory(Path(path))
+            flush(Path(path, name))
+        flush(Path(path))
