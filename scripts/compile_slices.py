@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from jaxserve.planning.options import PlanOptions, keep_to_cpu
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-7b", "llama-3-8b", "qwen2.5-72b", "llama-3-70b")
-SLICES = ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:2x2x2", "v6e:2x4", "v6e:4x4")
+SLICES = ("v5e:2x2", "v5e:4x4", "v5e:16x16", "v5p:2x2x2", "v6e:2x4", "v6e:4x4", "tpu7x:2x2x1")
 COLUMNS = (
     "model",
     "slices",

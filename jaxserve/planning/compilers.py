@@ -32,6 +32,7 @@ from jaxserve.runner.buckets import Shape
 from jaxserve.runner.device_state import DeviceState, make_state, state_specs
 from jaxserve.runner.images import ImageSizes, lower_encoder
 from jaxserve.runner.programs import lower_step
+from jaxserve.runner.xla_flags import chosen_options
 from jaxserve.weights.placement import Placement, make_placement
 
 H200_CONFIG = Path(__file__).parent / "h200_target_config.textproto"
@@ -137,7 +138,7 @@ def _compile(
 ) -> ProgramReport:
     start_s = time.perf_counter()
     try:
-        program = lower().compile()
+        program = lower().compile(compiler_options=chosen_options(chip.platform))
     except jax.errors.JaxRuntimeError as error:
         return _failed(shape, time.perf_counter() - start_s, str(error))
     return _read_report(shape, time.perf_counter() - start_s, program, state_bytes, num_loops, chip)

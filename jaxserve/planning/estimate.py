@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 BRANCHES = re.compile(r" conditional\(.*branch_computations=\{([^}]*)\}")
 BODY = re.compile(r" while\(.*body=(%[\w.-]+)")
+# Of a tpu7x's sparse cores, which take over sums, gathers and copies.
+CALL = re.compile(r" (?:custom-)?call-start\(.*(?:to_apply=|called_computations=\{)(%[\w.-]+)")
 KERNEL = 'custom_call_target="tpu_custom_call"'
 COLLECTIVE = re.compile(
     r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
@@ -32,6 +34,7 @@ class _Computation:
     collectives: Counter[str] = field(default_factory=Counter)
     has_layer: bool = False
     bodies: list[str] = field(default_factory=list)
+    calls: list[str] = field(default_factory=list)
     choices: list[list[str]] = field(default_factory=list)
 
 
@@ -59,6 +62,7 @@ def _add_up(text: str, num_loops: int) -> tuple[int, Counter[str]]:
         parts = [min(map(add_up, branches), key=lambda part: part[0]) for branches in here.choices]
         parts += [add_up(body) for body in here.bodies if found[body].has_layer] * num_loops
         collectives = sum((part[1] for part in parts), here.collectives)
+        collectives = sum((add_up(call)[1] for call in here.calls), collectives)  # their cycles: unknown
         return here.cycles + sum(part[0] for part in parts), collectives
 
     return add_up(entry)
@@ -91,6 +95,8 @@ def _read_computations(text: str) -> tuple[dict[str, _Computation], str]:
         here.has_layer |= KERNEL in line
         if body := BODY.search(line):
             here.bodies.append(body[1])
+        if call := CALL.search(line):
+            here.calls.append(call[1])
         if branches := BRANCHES.search(line):
             here.choices.append([name.strip() for name in branches[1].split(",")])
     return found, entry

@@ -23,6 +23,7 @@ from flax import nnx
 
 from jaxserve.models.interface import PatchPlaces
 from jaxserve.models.qwen2_5_vl_vision import normalize_patches
+from jaxserve.runner.xla_flags import chosen_options
 from jaxserve.scheduler.plan import ImageEncode, SlotInit
 from jaxserve.vision.limits import ImageForm
 from jaxserve.vision.rope_positions import RopePositions, find_rope_positions
@@ -136,11 +137,12 @@ class ImageEncoder:
         lowered = lower_encoder(
             self._vision, self.sizes, num_patches, self._placement, self.abstract_features
         )
-        blocks = {block: block.compile() for block in lowered.distinct_blocks}
+        options = chosen_options(jax.default_backend())
+        blocks = {block: block.compile(options) for block in lowered.distinct_blocks}
         programs = EncoderPrograms(
-            embed=lowered.embed.compile(),
+            embed=lowered.embed.compile(options),
             blocks=tuple(blocks[block] for block in lowered.blocks),
-            merge=lowered.merge.compile(),
+            merge=lowered.merge.compile(options),
         )
         elapsed_s = time.perf_counter() - start_s
         logger.info("compiled the vision encoder for %d patches in %.1f s", num_patches, elapsed_s)

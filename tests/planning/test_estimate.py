@@ -19,12 +19,17 @@ HLO = """
   %c = f32[8]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"3000"}}
 }
 
+%by_sparse_cores (p: f32[8]) -> f32[8] {
+  ROOT %r.5 = f32[8]{0} all-reduce(%p), to_apply=%add
+}
+
 %layer (p: f32[8]) -> f32[8] {
   %d = f32[8]{0} fusion(%p), backend_config={"window_config":{"estimated_cycles":"20"}}
   %copy.1 = bf16[4,7]{1,0} copy(%d)
   %r.2 = (f32[8]{0}, f32[8]{0}) all-reduce(%d, %d), to_apply=%add
   %r.3 = f32[8]{0} all-reduce-start(%d), to_apply=%add
   %r.4 = f32[8]{0} all-reduce-done(%r.3)
+  %r.6 = ((), ()) custom-call-start(), custom_call_target="x", called_computations={%by_sparse_cores}
   %e = f32[8]{0} custom-call(%d), custom_call_target="tpu_custom_call", operand_layout={}
 }
 
@@ -41,7 +46,7 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 def test_layers_count_as_often_as_they_run_and_what_nobody_asks_for_does_not():
     assert count_cycles(HLO, 3) == 3 * 20 + 5 + 1
-    assert count_collectives(HLO, 3) == {"all-reduce": 3 * 2, "all-gather": 1}
+    assert count_collectives(HLO, 3) == {"all-reduce": 3 * 3, "all-gather": 1}
 
 
 def test_another_compilers_program_has_no_cycles():

@@ -23,13 +23,15 @@ pytestmark = [
 ]
 
 
-# The goals are 10 MB and 1.3. 72B on eight chips misses both: it waits for 326 sums over devices a step.
+# The goals are 10 MB and 1.3; programs that are larger are faster for it (runner/xla_flags.py). A tpu7x likes
+# weights in other tiles than they come in, and must not copy them.
 @pytest.mark.parametrize(
     ("model", "slice_name", "most_code_bytes", "most_times_roofline"),
     [
-        ("qwen2.5-7b", "v5e:2x2", 10e6, 1.3),
-        ("llama-3-8b", "v5e:2x2", 10e6, 1.3),
-        ("qwen2.5-72b", "v5p:2x2x2", 13e6, 1.6),
+        ("qwen2.5-7b", "v5e:2x2", 13e6, 1.2),
+        ("llama-3-8b", "v5e:2x2", 13e6, 1.2),
+        ("qwen2.5-72b", "v5p:2x2x2", 16e6, 1.3),
+        ("llama-3-8b", "tpu7x:2x2x1", 10e6, 2.0),
     ],
 )
 def test_programs_are_small_write_in_place_and_are_near_the_roofline(
@@ -46,7 +48,8 @@ def test_programs_are_small_write_in_place_and_are_near_the_roofline(
         assert program["problem"] == ""
         assert program["code_bytes"] <= most_code_bytes
         assert program["alias_bytes"] >= program["state_bytes"]  # the pool's, and the sampling state's
-        assert program["largest_copy_bytes"] < 32e6  # no layer's weights, and no layer of the pool
+        assert program["largest_copy_bytes"] < 33e6  # no layer's weights or pool; the logits of 256 rows
+        assert program["temp_bytes"] < 300e6  # nor of what a tpu7x has its sparse cores copy
         assert set(program["collectives"]) <= {"all-reduce", "all-gather"}
     fewest_rows = programs[0]
     assert fewest_rows["estimate_s"] <= most_times_roofline * fewest_rows["roofline_s"]

@@ -22,6 +22,7 @@ from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape, make_ladder
 from jaxserve.runner.device_state import PoolSize, make_state
 from jaxserve.runner.programs import Programs, run_step
+from jaxserve.runner.xla_flags import chosen_options
 from jaxserve.weights.placement import make_placement
 from jaxserve.weights.served import describe_params
 from jaxserve.weights.stacks import describe_stacks
@@ -66,7 +67,8 @@ def test_a_step_attends_in_our_kernels_and_copies_neither_weights_nor_pool(shape
     state = jax.eval_shape(partial(make_state, CFG, POOL, jnp.dtype(kv_dtype), make_kv=kernels.make_kv))
     packed = jax.ShapeDtypeStruct((packed_size(shape, POOL.table_width),), jnp.int32)
     step = partial(run_step, graphdef, shape, PAGE_SIZE)
-    report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1)
+    options = chosen_options("tpu")
+    report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1, compiler_options=options)
 
     pool_bytes = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state.kv))
     assert report.alias_bytes >= pool_bytes
@@ -132,6 +134,7 @@ def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack(
     shape = Shape(64, 0)
     packed = jax.ShapeDtypeStruct((packed_size(shape, pool.table_width),), jnp.int32)
     step = partial(run_step, graphdef, shape, PAGE_SIZE)
-    report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1)
+    options = chosen_options("tpu")
+    report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1, compiler_options=options)
     assert report.hlo.count('custom_call_target="tpu_custom_call"') == 4  # the write, decode, two products
     assert report.temp_bytes < EXPERTS_BYTES / 8

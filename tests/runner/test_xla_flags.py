@@ -8,6 +8,7 @@ import pytest
 
 from jaxserve.runner.xla_flags import NOT_MEASURED, SETTINGS, XlaSetting, chosen_options
 from tests.kernels.h200 import compile_for_h200
+from tests.kernels.tpu import compile_for_tpu
 
 
 def test_only_what_was_measured_is_chosen():
@@ -21,9 +22,12 @@ def test_a_setting_is_for_its_platform(monkeypatch):
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: next(iter(setting.options)))
-def test_the_compiler_for_an_h200_knows_it(setting):
-    report = compile_for_h200(lambda x: x @ x, jnp.ones((64, 64)), compiler_options=setting.options)
-    assert report.hlo
+def test_its_compiler_knows_it(setting):
+    x = jnp.ones((64, 64))
+    if setting.platform == "gpu":
+        assert compile_for_h200(lambda x: x @ x, x, compiler_options=setting.options).hlo
+    else:
+        assert compile_for_tpu("v5e", lambda x: x @ x, x, compiler_options=setting.options).hlo
 
 
 def test_an_option_that_xla_does_not_know_is_refused():
