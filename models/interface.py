@@ -154,7 +154,10 @@ class StepBatch(NamedTuple):
     sample_token_B: jax.Array  # int32, index in T of the token whose logits row B samples
     images: ImageTokens | None = None  # None in programs that feed no image
     work: Any = None  # of attention, for kernels that want it listed once for all layers (`list_work`)
-    layer: jax.Array | None = None  # int32, whose turn it is, where a program loops over stacked layers
+    # Where a program loops over stacked layers, int32: whose turn it is, and the first of its pages in the
+    # pool of all layers, which is page 0 of `table_XW` and of `write_index_T`.
+    layer: jax.Array | None = None
+    first_page: jax.Array | None = None
 
 
 class ModelConfig(Protocol):

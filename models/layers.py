@@ -94,22 +94,16 @@ def run_layers(
             x_TD, layer_kv = run_layer(layer, x_TD, layer_kv, batch)
             new_kv.append(layer_kv)
         return x_TD, new_kv
-    num_layers, num_pages, page_size = jax.tree.leaves(kv)[0].shape[:3]
+    num_layers, num_pages = jax.tree.leaves(kv)[0].shape[:2]
 
-    def run_next(carry: tuple[jax.Array, KVLayer], here: tuple[Any, jax.Array]) -> tuple[Any, None]:
-        layer, index = here
-        first_page = index * num_pages
-        batch_here = batch._replace(
-            table_XW=batch.table_XW + first_page,
-            write_index_T=batch.write_index_T + first_page * page_size,
-            work=batch.work and batch.work.move(first_page),
-            layer=index,
-        )
-        return run_layer(layer, *carry, batch_here), None
+    def run_next(carry: tuple[tuple[jax.Array, KVLayer], jax.Array, jax.Array], layer: Any) -> Any:
+        x_and_kv, index, first_page = carry
+        x_and_kv = run_layer(layer, *x_and_kv, batch._replace(layer=index, first_page=first_page))
+        return (x_and_kv, index + 1, first_page + num_pages), None
 
     flat_kv = jax.tree.map(lambda pool: pool.reshape(num_layers * num_pages, *pool.shape[2:]), kv)
-    indices_L = jnp.arange(num_layers, dtype=jnp.int32)
-    (x_TD, flat_kv), _ = jax.lax.scan(run_next, (x_TD, flat_kv), (layers, indices_L))
+    first = jnp.int32(0)
+    ((x_TD, flat_kv), *_), _ = jax.lax.scan(run_next, ((x_TD, flat_kv), first, first), layers)
     return x_TD, jax.tree.map(lambda pool: pool.reshape(num_layers, num_pages, *pool.shape[1:]), flat_kv)
 
 
@@ -148,11 +142,9 @@ def attend(
     """Rotate q and k, write the step's K and V to the pool, then attend: decode rows first, chunks behind
     them. `qkv_TF` holds `num_heads` heads of q, then those of k and of v; `rope` is of `rope_tables`."""
     qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, kv.head_dim)
-    q_TNH, kv = kernels.rope_write(kv, qkv_TAH, *rope, batch.write_index_T, num_heads=num_heads)
+    batch, layer, decode_work, prefill_work = _find_layer(batch, kv)
+    q_TNH, kv = kernels.rope_write(kv, qkv_TAH, *rope, batch.write_index_T, num_heads=num_heads, **layer)
     num_rows = batch.decode_slot_R.shape[0]
-    # Kernels that do not want it do not know of it.
-    decode_work = {"work": batch.work.decode} if batch.work is not None else {}
-    prefill_work = {"work": batch.work.prefill} if batch.work is not None else {}
     parts = []
     if num_rows:
         parts.append(
@@ -181,3 +173,21 @@ def attend(
             )
         )
     return jnp.concatenate(parts), kv
+
+
+def _find_layer(batch: StepBatch, kv: KVLayer) -> tuple[StepBatch, dict, dict, dict]:
+    """The batch on the layer's own pages, and what the write, decode and prefill are told beside it.
+
+    Kernels that want their work listed once for all layers are told where this one's pages begin. For others
+    the tables are moved there, which is a small operation each.
+    """
+    first_page = batch.first_page
+    if batch.work is not None:
+        work = batch.work if first_page is None else batch.work.begin_at(first_page)
+        return batch, {"first_page": first_page}, {"work": work.decode}, {"work": work.prefill}
+    if first_page is not None:
+        page_size = jax.tree.leaves(kv)[0].shape[1]
+        batch = batch._replace(
+            table_XW=batch.table_XW + first_page, write_index_T=batch.write_index_T + first_page * page_size
+        )
+    return batch, {}, {}, {}

@@ -31,9 +31,13 @@ def rope_write(
     write_index_T: jax.Array,
     *,
     num_heads: int,
+    first_page: jax.Array | None = None,
     interpret: Any = False,
 ) -> tuple[jax.Array, KVPages]:
-    """As ref.rope_write, of a pool of KVPages; page 0, the trash page, is left as it is."""
+    """As ref.rope_write, of a pool of KVPages; page 0, the trash page, is left as it is.
+
+    In a pool of several layers the pages of this one begin at `first_page`, an int32.
+    """
     first_v = num_heads + kv.layout.num_kv_heads
     turned_TAH = rotate(qkv_TAH[:, :first_v].astype(jnp.float32), cos_T1I, sin_T1I)
     rows = pack_tokens(turned_TAH[:, num_heads:], qkv_TAH[:, first_v:], kv.layout)
@@ -43,34 +47,35 @@ def rope_write(
     places = [pool.reshape(-1, *pool.shape[2:]) for pool in pools]  # F of them
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     written = pl.pallas_call(
-        lambda index_T, *refs: _move_rows(page_size, index_T, refs),
+        lambda index_T, first_page_1, *refs: _move_rows(page_size, index_T, first_page_1, refs),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
+            num_scalar_prefetch=2,
             grid=(1,),
             in_specs=[anywhere] * (2 * len(pools)),
             out_specs=[anywhere] * len(pools),
             scratch_shapes=[pltpu.SemaphoreType.DMA],
         ),
         out_shape=[jax.ShapeDtypeStruct(pool.shape, pool.dtype) for pool in places],
-        input_output_aliases={1 + len(pools) + i: i for i in range(len(pools))},
+        input_output_aliases={2 + len(pools) + i: i for i in range(len(pools))},
         name="kv_write",
         interpret=interpret,
-    )(write_index_T, *rows, *places)
+    )(write_index_T, jnp.int32(0)[None] if first_page is None else first_page[None], *rows, *places)
     words, *scales = (new.reshape(pool.shape) for new, pool in zip(written, pools, strict=True))
     new_kv = KVPages(words, scales[0] if scales else None, kv.layout)
     return turned_TAH[:, :num_heads].astype(qkv_TAH.dtype), new_kv
 
 
-def _move_rows(page_size: int, index_T: Any, refs: tuple[Any, ...]) -> None:
+def _move_rows(page_size: int, index_T: Any, first_page_1: Any, refs: tuple[Any, ...]) -> None:
     """`refs`: the rows of each pool, the pools as they came, the same as they leave, a semaphore."""
     moved = refs[-1]
     num_pools = len(refs) // 3
     rows, pools = refs[:num_pools], refs[2 * num_pools : -1]
     num_tokens = index_T.shape[0]
     num_groups = num_tokens // TOGETHER
+    first_place = first_page_1[0] * page_size
 
     def copies(token, num_together: int) -> list[Any]:
-        place = index_T[token]
+        place = first_place + index_T[token]
         return [
             pltpu.make_async_copy(
                 source.at[pl.ds(token, num_together)], target.at[pl.ds(place, num_together)], moved

@@ -131,11 +131,11 @@ def paged_decode(
         rows = (table_XW, slot_R, kv_len_R)
         work = list_decode_work(*rows, tokens_per_row=tokens_per_row, window=window, blocks=shape.blocks)
     q_TUYAL = to_units(q_RNH * jnp.asarray(scale, q_RNH.dtype), layout)
-    operands = (_gather_rows(q_TUYAL, shape), _spread_sinks(sinks_N, shape), work.table_C1W)
-    out_RUAML = _launch(shape, work.tiles, *operands, kv, interpret)
+    sinks = [] if sinks_N is None else [_spread_sinks(sinks_N, shape)]
+    out_RUAML = _launch(shape, work, _gather_rows(q_TUYAL, shape), sinks, kv, interpret)
     out_TUYAL = _scatter_rows(out_RUAML, shape)
     out_RNH = from_units(out_TUYAL, num_heads, layout)
-    return jnp.where((kv_len_R > 0)[:, None, None], out_RNH, 0.0)
+    return jnp.where(work.is_live_T[:, None, None], out_RNH, 0.0)
 
 
 def list_decode_work(
@@ -158,7 +158,8 @@ def list_decode_work(
         blocks=blocks,
         window=window,
     )
-    return Work(tiles, pad_table(table_XW[slot_R[::tokens_per_row]]))
+    table_R1W = pad_table(table_XW[slot_R[::tokens_per_row]])
+    return Work(tiles, table_R1W, is_live_T=kv_len_R > 0, first_page_1=jnp.zeros(1, jnp.int32))
 
 
 def _gather_rows(q_TUYAL: jax.Array, shape: DecodeShape) -> jax.Array:
@@ -179,11 +180,9 @@ def _scatter_rows(out_RUAML: jax.Array, shape: DecodeShape) -> jax.Array:
     return out_RQUYAL.reshape(-1, *out_RQUYAL.shape[2:])
 
 
-def _spread_sinks(sinks_N: jax.Array | None, shape: DecodeShape) -> jax.Array:
-    """The score that each query's softmax begins with: of its sink, or of nothing, [U, M, L]."""
+def _spread_sinks(sinks_N: jax.Array, shape: DecodeShape) -> jax.Array:
+    """The score that each query's softmax begins with, [U, M, L]."""
     num_units, rows = shape.layout.num_units, shape.query_rows
-    if sinks_N is None:
-        return jnp.full((num_units, rows, LANES), MASKED, jnp.float32)
     num_heads = num_units * shape.heads_per_unit
     sinks_N = jnp.pad(sinks_N.astype(jnp.float32), (0, num_heads - len(sinks_N)))
     sinks_UM = jnp.tile(sinks_N.reshape(num_units, -1), (1, shape.blocks.tile_tokens))
@@ -191,7 +190,7 @@ def _spread_sinks(sinks_N: jax.Array | None, shape: DecodeShape) -> jax.Array:
     return jnp.broadcast_to(sinks_UM[:, :, None], (num_units, rows, LANES))
 
 
-def _launch(shape: DecodeShape, tiles, q_RUAML, sinks_UML, table_R1W, kv: KVPages, interpret) -> jax.Array:
+def _launch(shape: DecodeShape, work: Work, q_RUAML, sinks: list, kv: KVPages, interpret) -> jax.Array:
     pools = [pool for pool in (kv.words_PSJL, kv.scales_PSJL) if pool is not None]
     pools = [pool.reshape(pool.shape[0], -1, LANES) for pool in pools]  # no copy: rows of 128 lie in order
     unit_shape = q_RUAML.shape[1:]
@@ -206,15 +205,18 @@ def _launch(shape: DecodeShape, tiles, q_RUAML, sinks_UML, table_R1W, kv: KVPage
         "left": pltpu.SemaphoreType.DMA((shape.out_places,)),
     }
 
-    def body(tiles_FL, cores_2C, q_RUAML, sinks_UML, table_R1W, *refs):
+    def body(tiles_FL, cores_2C, first_page_1, q_RUAML, *refs):
+        sinks_UML = refs[0] if sinks else None
+        table_R1W, *refs = refs[len(sinks) :]
         pool_refs, (out_RUAML, *scratch_refs) = refs[: len(pools)], refs[len(pools) :]
         own = dict(zip(scratch, scratch_refs, strict=True))
         stream = Stream(
             tiles_FL,
             cores_2C,
+            first_page_1,
             table_R1W,
             *(*pool_refs, None)[:2],
-            **{name: own.pop(name, None) for name in Stream._fields[5:]},
+            **{name: own.pop(name, None) for name in Stream._fields[6:]},
         )
         _Core(shape, stream, q_RUAML, sinks_UML, out_RUAML, **own).run()
 
@@ -222,11 +224,11 @@ def _launch(shape: DecodeShape, tiles, q_RUAML, sinks_UML, table_R1W, kv: KVPage
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(shape.blocks.num_cores,),
             in_specs=[
                 anywhere,
-                pl.BlockSpec(memory_space=pltpu.VMEM),
+                *[pl.BlockSpec(memory_space=pltpu.VMEM) for _ in sinks],
                 *[anywhere] * (1 + len(pools)),
             ],
             out_specs=anywhere,
@@ -238,7 +240,7 @@ def _launch(shape: DecodeShape, tiles, q_RUAML, sinks_UML, table_R1W, kv: KVPage
         ),
         name="paged_decode",
         interpret=interpret,
-    )(*tiles, q_RUAML, sinks_UML, table_R1W, *pools)
+    )(*work.tiles, work.first_page_1, q_RUAML, *sinks, work.table_C1W, *pools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +260,7 @@ class _Core:
     shape: DecodeShape
     stream: Stream
     q_RUAML: Any
-    sinks_UML: Any
+    sinks_UML: Any  # or None
     out_RUAML: Any
     queries: Any
     largest: Any
@@ -362,7 +364,8 @@ class _Core:
     def _merge_unit(self, item: _Item, unit, partial: Partial) -> None:
         """Into the state, which begins with the first item, and leaves with the last."""
         chunks = range(self.shape.layout.chunks_per_unit)
-        sink_M1 = self.sinks_UML[unit, :, :1]
+        nothing_M1 = jnp.full((self.shape.query_rows, 1), MASKED, jnp.float32)
+        sink_M1 = nothing_M1 if self.sinks_UML is None else self.sinks_UML[unit, :, :1]
         state = Partial(
             jnp.where(item.is_first, sink_M1, self.largest[unit, :, :1]),
             jnp.where(item.is_first, (sink_M1 > MASKED).astype(jnp.float32), self.sums[unit, :, :1]),

@@ -167,6 +167,8 @@ class Work(NamedTuple):
 
     tiles: TileList
     table_C1W: jax.Array
+    is_live_T: jax.Array  # tokens that attend to anything
+    first_page_1: jax.Array  # int32, of the layer's pages in a pool of several layers: page 0 of the table
 
 
 class StepWork(NamedTuple):
@@ -175,10 +177,9 @@ class StepWork(NamedTuple):
     decode: Work | None
     prefill: Work | None
 
-    def move(self, num_pages: jax.Array) -> StepWork:
-        """The same on pages so many further on."""
-        moved = (w and w._replace(table_C1W=w.table_C1W + num_pages) for w in self)
-        return StepWork(*moved)
+    def begin_at(self, first_page: jax.Array) -> StepWork:
+        """The same of a layer whose pages begin there."""
+        return StepWork(*(work and work._replace(first_page_1=first_page[None]) for work in self))
 
 
 def list_tiles(

@@ -137,14 +137,12 @@ def paged_prefill(
         work = list_prefill_work(*chunks, num_tokens=num_tokens, window=window, blocks=blocks)
     q_TUYAL = to_units(q_TNH * jnp.asarray(scale, q_TNH.dtype), layout)
     q_ZL = _list_rows(q_TUYAL, shape)
-    sinks_UY1L = _spread_sinks(sinks_N, shape)
-    out_ZL = _launch(shape, work.tiles, q_ZL, sinks_UY1L, work.table_C1W, kv, interpret)
+    sinks = [] if sinks_N is None else [_spread_sinks(sinks_N, shape)]
+    out_ZL = _launch(shape, work, q_ZL, sinks, kv, interpret)
     out_TYL = out_ZL.reshape(-1, shape.token_rows, LANES)[:num_tokens]
     out_TUYAL = out_TYL[:, : layout.num_chunks * heads_per_unit].reshape(q_TUYAL.shape)
     out_TNH = from_units(out_TUYAL, num_heads, layout)
-    token_T1 = jnp.arange(num_tokens)[:, None]
-    is_live_T = jnp.any((token_T1 >= token_C) & (token_T1 < token_C + len_C), axis=1)
-    return jnp.where(is_live_T[:, None, None], out_TNH, 0.0)
+    return jnp.where(work.is_live_T[:, None, None], out_TNH, 0.0)
 
 
 def choose_blocks(layout: PagesLayout, page_size: int, num_tokens: int, num_heads: int, chip: Chip) -> Blocks:
@@ -173,7 +171,9 @@ def list_prefill_work(
     """Which blocks of which pages the chunks attend to: no layer changes it but by where its pages begin."""
     max_tiles = num_tokens // blocks.tile_tokens + len(len_C)
     tiles = list_tiles(token_C, len_C, kv_len_C, max_tiles=max_tiles, blocks=blocks, window=window)
-    return Work(tiles, pad_table(table_XW[slot_C]))
+    token_T1 = jnp.arange(num_tokens)[:, None]
+    is_live_T = jnp.any((token_T1 >= token_C) & (token_T1 < token_C + len_C), axis=1)
+    return Work(tiles, pad_table(table_XW[slot_C]), is_live_T, first_page_1=jnp.zeros(1, jnp.int32))
 
 
 def _list_rows(q_TUYAL: jax.Array, shape: PrefillShape) -> jax.Array:
@@ -184,16 +184,14 @@ def _list_rows(q_TUYAL: jax.Array, shape: PrefillShape) -> jax.Array:
     return jnp.pad(q_TYL, padding).reshape(-1, LANES)
 
 
-def _spread_sinks(sinks_N: jax.Array | None, shape: PrefillShape) -> jax.Array:
-    """The score that each query's softmax begins with: of its sink, or of nothing, [U, heads of it, 1, L]."""
+def _spread_sinks(sinks_N: jax.Array, shape: PrefillShape) -> jax.Array:
+    """The score that each query's softmax begins with, [U, heads of it, 1, L]."""
     num_units, heads = shape.layout.num_units, shape.heads_per_unit
-    if sinks_N is None:
-        return jnp.full((num_units, heads, 1, LANES), MASKED, jnp.float32)
     sinks_N = jnp.pad(sinks_N.astype(jnp.float32), (0, num_units * heads - len(sinks_N)))
     return jnp.broadcast_to(sinks_N.reshape(num_units, heads, 1, 1), (num_units, heads, 1, LANES))
 
 
-def _launch(shape: PrefillShape, tiles, q_ZL, sinks_UY1L, table_R1W, kv: KVPages, interpret) -> jax.Array:
+def _launch(shape: PrefillShape, work: Work, q_ZL, sinks: list, kv: KVPages, interpret) -> jax.Array:
     pools = [pool for pool in (kv.words_PSJL, kv.scales_PSJL) if pool is not None]
     pools = [pool.reshape(pool.shape[0], -1, LANES) for pool in pools]  # no copy: rows of 128 lie in order
     num_units, num_chunks = shape.layout.num_units, shape.layout.chunks_per_unit
@@ -212,15 +210,18 @@ def _launch(shape: PrefillShape, tiles, q_ZL, sinks_UY1L, table_R1W, kv: KVPages
         "left": pltpu.SemaphoreType.DMA,
     }
 
-    def body(tiles_FL, cores_2C, q_ZL, sinks_UY1L, table_R1W, *refs):
+    def body(tiles_FL, cores_2C, first_page_1, q_ZL, *refs):
+        sinks_UY1L = refs[0] if sinks else None
+        table_R1W, *refs = refs[len(sinks) :]
         pool_refs, (out_ZL, *scratch_refs) = refs[: len(pools)], refs[len(pools) :]
         own = dict(zip(scratch, scratch_refs, strict=True))
         stream = Stream(
             tiles_FL,
             cores_2C,
+            first_page_1,
             table_R1W,
             *(*pool_refs, None)[:2],
-            **{name: own.pop(name, None) for name in Stream._fields[5:]},
+            **{name: own.pop(name, None) for name in Stream._fields[6:]},
         )
         _Core(shape, stream, q_ZL, sinks_UY1L, out_ZL, **own).run()
 
@@ -228,9 +229,13 @@ def _launch(shape: PrefillShape, tiles, q_ZL, sinks_UY1L, table_R1W, kv: KVPages
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(shape.blocks.num_cores,),
-            in_specs=[anywhere, pl.BlockSpec(memory_space=pltpu.VMEM), *[anywhere] * (1 + len(pools))],
+            in_specs=[
+                anywhere,
+                *[pl.BlockSpec(memory_space=pltpu.VMEM) for _ in sinks],
+                *[anywhere] * (1 + len(pools)),
+            ],
             out_specs=anywhere,
             scratch_shapes=list(scratch.values()),
         ),
@@ -240,7 +245,7 @@ def _launch(shape: PrefillShape, tiles, q_ZL, sinks_UY1L, table_R1W, kv: KVPages
         ),
         name="paged_prefill",
         interpret=interpret,
-    )(*tiles, q_ZL, sinks_UY1L, table_R1W, *pools)
+    )(*work.tiles, work.first_page_1, q_ZL, *sinks, work.table_C1W, *pools)
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +255,7 @@ class _Core:
     shape: PrefillShape
     stream: Stream
     q_ZL: Any
-    sinks_UY1L: Any
+    sinks_UY1L: Any  # or None
     out_ZL: Any
     queries: Any
     operands: Any
@@ -330,7 +335,8 @@ class _Core:
         def start_unit(unit, _):
             for head in range(self.shape.heads_per_unit):
                 rows = pl.ds(head * tile_tokens, tile_tokens)
-                sink_IL = jnp.broadcast_to(self.sinks_UY1L[unit, head], (tile_tokens, LANES))
+                sink_1L = MASKED if self.sinks_UY1L is None else self.sinks_UY1L[unit, head]
+                sink_IL = jnp.broadcast_to(sink_1L, (tile_tokens, LANES))
                 self.largest[unit, rows] = sink_IL
                 self.sums[unit, rows] = (sink_IL > MASKED).astype(jnp.float32)
                 for chunk in range(self.shape.layout.chunks_per_unit):

@@ -44,6 +44,7 @@ class Stream(NamedTuple):
 
     tiles_FL: Any
     cores_2C: Any
+    first_page_1: Any
     table_R1W: Any
     words_PML: Any  # M rows of a page
     scales_PML: Any
@@ -170,7 +171,7 @@ def _bring(stream: Stream, shape: StreamShape, trip: jax.Array, copy_queries: Qu
             first = block * shape.pages_per_block % LANES
 
             def bring_page(i, _):
-                page_id = stream.page_ids[trip % PLACES, index, 0, first + i]
+                page_id = stream.first_page_1[0] + stream.page_ids[trip % PLACES, index, 0, first + i]
                 for copy in _copy_page(stream, shape, page_id, i, trip, index):
                     copy.start()
 

@@ -120,6 +120,19 @@ def test_a_kernel_leaves_even_the_trash_page_alone(form):
         np.testing.assert_array_equal(new, old)
 
 
+def test_a_layer_behind_others_in_a_pool_is_written_where_its_pages_begin():
+    heads, _, pool_dtype = CASES[3]
+    kv, qkv_TAH, angle_T1I = make_case(heads, "float32", pool_dtype, 3)
+    pages = to_pages(jax.tree.map(np.asarray, kv))
+    both = jax.tree.map(lambda pool: jnp.concatenate([pool, pool]), pages)
+    rest = qkv_TAH, np.cos(angle_T1I), np.sin(angle_T1I), np.asarray([70, 0, 191], np.int32)
+    write = rope_write("tpu", heads.num_heads)
+    _, alone = write(pages, *rest)
+    _, shared = write(both, *rest, first_page=jnp.int32(NUM_PAGES))
+    expected = jax.tree.map(lambda *pools: jnp.concatenate(pools), pages, alone)
+    jax.tree.map(np.testing.assert_array_equal, shared, expected)
+
+
 @pytest.mark.parametrize(
     ("heads", "num_tokens", "dtype", "pool_dtype"),
     [

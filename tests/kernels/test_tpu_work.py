@@ -1,16 +1,25 @@
-"""The work of attention that is listed for all layers is what each layer would have listed for itself."""
+"""The work of attention that is listed for all layers is that of each, wherever its pages begin."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.kernels_pallas.kv_pages import make_pages
-from jaxserve.kernels_pallas.paged_attention.tpu_decode import list_decode_work
-from jaxserve.kernels_pallas.paged_attention.tpu_plan import CHIPS, choose_decode_blocks
-from jaxserve.kernels_pallas.paged_attention.tpu_prefill import choose_blocks, list_prefill_work
+from jaxserve.kernels_pallas.paged_attention.tpu_decode import list_decode_work, paged_decode
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import CHIPS, StepWork, choose_decode_blocks
+from jaxserve.kernels_pallas.paged_attention.tpu_prefill import (
+    choose_blocks,
+    list_prefill_work,
+    paged_prefill,
+)
 from jaxserve.kernels_pallas.paged_attention.tpu_step import list_step_work
+from tests.kernels.cases import store
+from tests.kernels.pages import to_pages
 
 CHIP = CHIPS["TPU v5 lite"]
 PAGE_SIZE, NUM_HEADS, NUM_TOKENS = 128, 14, 64
@@ -25,17 +34,32 @@ def list_work(decode, prefill):
     return list_step_work(KV, TABLE_XW, decode, prefill, **sizes)
 
 
-def test_moved_to_a_layers_pages_it_is_that_layers_work():
-    work = list_work(DECODE, PREFILL).move(jnp.int32(16))
+def test_it_is_what_a_layer_lists_for_itself():
+    work = list_work(DECODE, PREFILL)
     blocks = choose_decode_blocks(KV.layout, PAGE_SIZE, 1, CHIP)
-    decode = list_decode_work(TABLE_XW + 16, *DECODE, blocks=blocks)
+    decode = list_decode_work(TABLE_XW, *DECODE, blocks=blocks)
     blocks = choose_blocks(KV.layout, PAGE_SIZE, NUM_TOKENS, NUM_HEADS, CHIP)
-    prefill = list_prefill_work(TABLE_XW + 16, *PREFILL, num_tokens=NUM_TOKENS, blocks=blocks)
-    for ours, theirs in ((work.decode, decode), (work.prefill, prefill)):
-        assert ours is not None
-        jax.tree.map(np.testing.assert_array_equal, ours.tiles, theirs.tiles)
-        width = TABLE_XW.shape[1]  # behind it is padding, which nobody reads
-        np.testing.assert_array_equal(ours.table_C1W[..., :width], theirs.table_C1W[..., :width])
+    prefill = list_prefill_work(TABLE_XW, *PREFILL, num_tokens=NUM_TOKENS, blocks=blocks)
+    jax.tree.map(np.testing.assert_array_equal, work, StepWork(decode, prefill))
+
+
+def test_a_layer_finds_its_pages_behind_those_of_others():
+    rng = np.random.default_rng(0)
+    pools = rng.standard_normal((2, 2, 16, PAGE_SIZE, 2, 128), np.float32)
+    layers = [to_pages(store(pool[0], pool[1], "bfloat16")) for pool in pools]
+    both = jax.tree.map(lambda *pages: jnp.concatenate(pages), *layers)
+    q_TNH = jnp.asarray(rng.standard_normal((NUM_TOKENS, NUM_HEADS, 128)), jnp.float32)
+    sizes: Any = {"scale": 0.1, "chip": CHIP, "interpret": pltpu.InterpretParams(detect_races=True)}
+
+    def attend(kv, work):
+        yield paged_decode(q_TNH[:3], kv, TABLE_XW, *DECODE, work=work.decode, **sizes)
+        yield paged_prefill(q_TNH, kv, TABLE_XW, *PREFILL, work=work.prefill, **sizes)
+
+    work = list_work(DECODE, PREFILL)
+    of_second = work.begin_at(jnp.int32(16))
+    for alone, shared in zip(attend(layers[1], work), attend(both, of_second), strict=True):
+        assert np.any(alone != 0)
+        np.testing.assert_array_equal(alone, shared)
 
 
 def test_a_step_without_rows_or_chunks_has_no_work_of_them():
