@@ -144,12 +144,12 @@ def attend(
     qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, kv.head_dim)
     batch, layer, decode_work, prefill_work = _find_layer(batch, kv)
     q_TNH, kv = kernels.rope_write(kv, qkv_TAH, *rope, batch.write_index_T, num_heads=num_heads, **layer)
-    num_rows = batch.decode_slot_R.shape[0]
+    num_rows = batch.decode_slot_R.shape[0]  # of q, which kernels may have in an order of their own
     parts = []
     if num_rows:
         parts.append(
             kernels.paged_decode(
-                q_TNH[:num_rows],
+                jax.tree.map(lambda q: q[:num_rows], q_TNH),
                 kv,
                 batch.table_XW,
                 batch.decode_slot_R,
@@ -161,7 +161,7 @@ def attend(
     if batch.chunk_slot_C.shape[0]:
         parts.append(
             kernels.paged_prefill(
-                q_TNH[num_rows:],
+                jax.tree.map(lambda q: q[num_rows:], q_TNH),
                 kv,
                 batch.table_XW,
                 batch.chunk_slot_C,

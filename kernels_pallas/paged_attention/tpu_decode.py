@@ -46,7 +46,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     pad_sublanes,
     pad_table,
 )
-from jaxserve.kernels_pallas.paged_attention.tpu_queries import from_units, to_units
+from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries, from_units, order_queries
 from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
     NO_TILE,
     PLACES,
@@ -61,6 +61,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
 class DecodeShape:
     stream: StreamShape
     heads_per_unit: int  # query heads
+    scale: float
     window: int | None
     soft_cap: float | None
 
@@ -93,7 +94,7 @@ class DecodeShape:
 
 
 def paged_decode(
-    q_RNH: jax.Array,
+    q_RNH: jax.Array | UnitQueries,
     kv: KVPages,
     table_XW: jax.Array,
     slot_R: jax.Array,
@@ -109,14 +110,15 @@ def paged_decode(
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`ref.paged_decode` of a pool of KVPages: [R, N, H] float32.
+    """`ref.paged_decode` of a pool of KVPages: [R, N, H] float32, of [R, N, H] or of what rope_write gave.
 
     Queries and probabilities are rounded to bf16. `work` is what `list_decode_work` gives for the same
     arguments, if the caller has it already. `chip` is what sizes are chosen for, `blocks` are sizes for tests
     and for tuning; `interpret` takes what `pallas_call` does.
     """
     layout, page_size = kv.layout, kv.words_PSJL.shape[1]
-    num_heads = q_RNH.shape[1]
+    queries = order_queries(q_RNH, layout)
+    num_heads = queries.num_heads
     shape = DecodeShape(
         stream=StreamShape(
             layout=layout,
@@ -124,15 +126,15 @@ def paged_decode(
             page_size=page_size,
         ),
         heads_per_unit=layout.heads_per_unit * (num_heads // layout.num_kv_heads),
+        scale=scale,
         window=window,
         soft_cap=soft_cap,
     )
     if work is None:
         rows = (table_XW, slot_R, kv_len_R)
         work = list_decode_work(*rows, tokens_per_row=tokens_per_row, window=window, blocks=shape.blocks)
-    q_TUYAL = to_units(q_RNH * jnp.asarray(scale, q_RNH.dtype), layout)
     sinks = [] if sinks_N is None else [_spread_sinks(sinks_N, shape)]
-    out_RUAML = _launch(shape, work, _gather_rows(q_TUYAL, shape), sinks, kv, interpret)
+    out_RUAML = _launch(shape, work, _gather_rows(queries.q_TUAML, shape), sinks, kv, interpret)
     out_TUYAL = _scatter_rows(out_RUAML, shape)
     out_RNH = from_units(out_TUYAL, num_heads, layout)
     return jnp.where(work.is_live_T[:, None, None], out_RNH, 0.0)
@@ -162,18 +164,21 @@ def list_decode_work(
     return Work(tiles, table_R1W, is_live_T=kv_len_R > 0, first_page_1=jnp.zeros(1, jnp.int32))
 
 
-def _gather_rows(q_TUYAL: jax.Array, shape: DecodeShape) -> jax.Array:
-    """[R, U, A, M, L]"""
+def _gather_rows(q_TUAML: jax.Array, shape: DecodeShape) -> jax.Array:
+    """[R, U, A, M, L], M those of all tokens of a row."""
     tokens = shape.blocks.tile_tokens
-    q_RQUYAL = q_TUYAL.reshape(-1, tokens, *q_TUYAL.shape[1:])
-    q_RUAQYL = q_RQUYAL.transpose(0, 2, 4, 1, 3, 5)
+    if tokens == 1:
+        return q_TUAML
+    q_TUAYL = q_TUAML[:, :, :, : shape.heads_per_unit]
+    q_RQUAYL = q_TUAYL.reshape(-1, tokens, *q_TUAYL.shape[1:])
+    q_RUAQYL = q_RQUAYL.transpose(0, 2, 3, 1, 4, 5)
     q_RUAML = q_RUAQYL.reshape(*q_RUAQYL.shape[:3], -1, LANES)
     padding = shape.query_rows - q_RUAML.shape[3]
     return jnp.pad(q_RUAML, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
 
 
 def _scatter_rows(out_RUAML: jax.Array, shape: DecodeShape) -> jax.Array:
-    """What `_gather_rows` did, undone."""
+    """[T, U, Y, A, L]: what `_gather_rows` did, undone."""
     tokens, heads = shape.blocks.tile_tokens, shape.heads_per_unit
     out_RUAQYL = out_RUAML[:, :, :, : tokens * heads].reshape(*out_RUAML.shape[:3], tokens, heads, LANES)
     out_RQUYAL = out_RUAQYL.transpose(0, 3, 1, 4, 2, 5)
@@ -355,7 +360,7 @@ class _Core:
         partials = []
         for i, kv_BL in enumerate(units):
             q_ML = [
-                self.queries[place, index, first_unit + i, chunk].astype(jnp.bfloat16)
+                (self.queries[place, index, first_unit + i, chunk] * shape.scale).astype(jnp.bfloat16)
                 for chunk in range(shape.layout.chunks_per_unit)
             ]
             partials.append(attend_unit(q_ML, kv_BL, is_seen_MB, shape.soft_cap))

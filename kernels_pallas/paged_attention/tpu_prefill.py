@@ -49,7 +49,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     pad_sublanes,
     pad_table,
 )
-from jaxserve.kernels_pallas.paged_attention.tpu_queries import from_units, to_units
+from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries, from_units, order_queries
 from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
     PLACES,
     Stream,
@@ -63,6 +63,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
 class PrefillShape:
     stream: StreamShape
     heads_per_unit: int  # query heads
+    scale: float
     window: int | None
     soft_cap: float | None
 
@@ -98,7 +99,7 @@ class PrefillShape:
 
 
 def paged_prefill(
-    q_TNH: jax.Array,
+    q_TNH: jax.Array | UnitQueries,
     kv: KVPages,
     table_XW: jax.Array,
     slot_C: jax.Array,
@@ -115,32 +116,34 @@ def paged_prefill(
     blocks: Blocks | None = None,
     interpret: Any = False,
 ) -> jax.Array:
-    """`ref.paged_prefill` of a pool of KVPages: [T, N, H] float32.
+    """`ref.paged_prefill` of a pool of KVPages: [T, N, H] float32, of [T, N, H] or of what rope_write gave.
 
     Queries and probabilities are rounded to bf16. `work` is what `list_prefill_work` gives for the same
     arguments, if the caller has it already. `chip` is what sizes are chosen for, `blocks` are sizes for tests
     and for tuning; `interpret` takes what `pallas_call` does.
     """
     layout, page_size = kv.layout, kv.words_PSJL.shape[1]
-    num_tokens, num_heads = q_TNH.shape[:2]
+    queries = order_queries(q_TNH, layout)
+    num_tokens, num_heads = len(queries.q_TUAML), queries.num_heads
     heads_per_unit = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
     if blocks is None:
         blocks = choose_blocks(layout, page_size, num_tokens, num_heads, chip)
     shape = PrefillShape(
         stream=StreamShape(layout=layout, blocks=blocks, page_size=page_size),
         heads_per_unit=heads_per_unit,
+        scale=scale,
         window=window,
         soft_cap=soft_cap,
     )
     if work is None:
         chunks = (table_XW, slot_C, token_C, len_C, kv_len_C)
         work = list_prefill_work(*chunks, num_tokens=num_tokens, window=window, blocks=blocks)
-    q_TUYAL = to_units(q_TNH * jnp.asarray(scale, q_TNH.dtype), layout)
-    q_ZL = _list_rows(q_TUYAL, shape)
+    q_ZL = _list_rows(queries.q_TUAML, shape)
     sinks = [] if sinks_N is None else [_spread_sinks(sinks_N, shape)]
     out_ZL = _launch(shape, work, q_ZL, sinks, kv, interpret)
     out_TYL = out_ZL.reshape(-1, shape.token_rows, LANES)[:num_tokens]
-    out_TUYAL = out_TYL[:, : layout.num_chunks * heads_per_unit].reshape(q_TUYAL.shape)
+    out_TYL = out_TYL[:, : layout.num_chunks * heads_per_unit]
+    out_TUYAL = out_TYL.reshape(num_tokens, layout.num_units, heads_per_unit, -1, LANES)
     out_TNH = from_units(out_TUYAL, num_heads, layout)
     return jnp.where(work.is_live_T[:, None, None], out_TNH, 0.0)
 
@@ -176,10 +179,12 @@ def list_prefill_work(
     return Work(tiles, pad_table(table_XW[slot_C]), is_live_T, first_page_1=jnp.zeros(1, jnp.int32))
 
 
-def _list_rows(q_TUYAL: jax.Array, shape: PrefillShape) -> jax.Array:
+def _list_rows(q_TUAML: jax.Array, shape: PrefillShape) -> jax.Array:
     """The rows of tokens one behind the other, and those of one more tile, so that each is whole."""
-    num_tokens = len(q_TUYAL)
-    q_TYL = q_TUYAL.reshape(num_tokens, -1, LANES)
+    q_TYL = q_TUAML.reshape(len(q_TUAML), -1, LANES)
+    if q_TYL.shape[1] > shape.token_rows or shape.layout.chunks_per_unit > 1:  # units padded one by one
+        q_TUYAL = q_TUAML[:, :, :, : shape.heads_per_unit].transpose(0, 1, 3, 2, 4)
+        q_TYL = q_TUYAL.reshape(len(q_TUAML), -1, LANES)
     padding = ((0, shape.blocks.tile_tokens), (0, shape.token_rows - q_TYL.shape[1]), (0, 0))
     return jnp.pad(q_TYL, padding).reshape(-1, LANES)
 
@@ -341,7 +346,7 @@ class _Core:
                 self.sums[unit, rows] = (sink_IL > MASKED).astype(jnp.float32)
                 for chunk in range(self.shape.layout.chunks_per_unit):
                     q_IL = self.queries[place, self._rows_of_head(unit, head, chunk), :]
-                    self.operands[unit, chunk, rows] = q_IL.astype(jnp.bfloat16)
+                    self.operands[unit, chunk, rows] = (q_IL * self.shape.scale).astype(jnp.bfloat16)
                     self.outputs[unit, chunk, rows] = jnp.zeros_like(q_IL)
 
         jax.lax.fori_loop(0, self.shape.layout.num_units, start_unit, None)

@@ -2,19 +2,48 @@
 
 KV heads that lie side by side in a chunk of lanes are attended to as one: a query has zeros in the lanes of
 the others, and of its output the lanes of its own head count. Letters: U units, Y query heads of a unit,
-A chunks of it, M = Q * Y rows of a unit's queries (padded), L = 128 lanes.
+A chunks of it, M rows of a unit's queries (Y, padded to a multiple of 8), L = 128 lanes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from jaxserve.kernels_pallas.kv_pages import LANES, PagesLayout
+from jaxserve.kernels_pallas.kv_pages import LANES, SUBLANES, PagesLayout
 
 
-def to_units(q_TNH: jax.Array, layout: PagesLayout) -> jax.Array:
-    """[T, U, Y, A, L] of queries in float32."""
+@partial(jax.tree_util.register_dataclass, data_fields=["q_TUAML"], meta_fields=["num_heads"])
+@dataclass(frozen=True, slots=True)
+class UnitQueries:
+    """Queries of T tokens in the order of units, float32. A pytree of one array, whose first axis is T."""
+
+    q_TUAML: jax.Array
+    num_heads: int
+
+
+def count_unit_rows(num_heads: int, layout: PagesLayout) -> int:
+    """M, of a token."""
+    heads = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
+    return -(-heads // SUBLANES) * SUBLANES
+
+
+def order_queries(q: jax.Array | UnitQueries, layout: PagesLayout) -> UnitQueries:
+    """[T, N, H] in the order of units, unless they come so."""
+    if isinstance(q, UnitQueries):
+        return q
+    num_heads = q.shape[1]
+    q_TUAYL = _to_units(q, layout).transpose(0, 1, 3, 2, 4)
+    padding = count_unit_rows(num_heads, layout) - q_TUAYL.shape[3]
+    q_TUAML = jnp.pad(q_TUAYL, ((0, 0), (0, 0), (0, 0), (0, padding), (0, 0)))
+    return UnitQueries(q_TUAML, num_heads)
+
+
+def _to_units(q_TNH: jax.Array, layout: PagesLayout) -> jax.Array:
+    """[T, U, Y, A, L]"""
     num_tokens, num_heads, head_dim = q_TNH.shape
     group, together = num_heads // layout.num_kv_heads, layout.heads_per_unit
     missing = layout.num_units * together - layout.num_kv_heads

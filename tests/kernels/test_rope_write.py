@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxserve.kernels_pallas.kv_layer import KVLayer, num_k_scales
-from jaxserve.kernels_pallas.kv_pages import KVPages, make_pages
+from jaxserve.kernels_pallas.kv_pages import KVPages, PagesLayout, make_pages
 from jaxserve.kernels_pallas.kv_write import ref
+from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries, from_units, order_queries
 from tests.kernels.cases import Heads, dequantize, store
 from tests.kernels.h200 import assert_fits, compile_for_h200, require_h200_compiler
 from tests.kernels.pages import from_pages, to_pages
@@ -23,6 +24,8 @@ FORMS = ["ref", "gpu", "tpu"]
 CASES = [
     (Heads(8, 2, 128), "float32", "bfloat16"),
     (Heads(14, 2, 64), "bfloat16", "bfloat16"),
+    (Heads(9, 3, 64), "float32", "bfloat16"),
+    (Heads(4, 2, 256), "float32", "bfloat16"),
     (Heads(3, 1, 256), "float32", "float32"),
     (Heads(4, 4, 64), "float32", "int8"),
     (Heads(4, 4, 128), "bfloat16", "float8_e4m3fn"),
@@ -67,6 +70,16 @@ def read_pool(kv: KVLayer | KVPages) -> tuple[np.ndarray, np.ndarray]:
     return from_pages(kv) if isinstance(kv, KVPages) else dequantize(kv)
 
 
+def read_queries(queries: UnitQueries, layout: PagesLayout) -> jax.Array:
+    """[T, N, H], where each is alone in its row: nothing in rows and lanes of others."""
+    num_heads = queries.num_heads
+    heads = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
+    q_TUYAL = queries.q_TUAML[:, :, :, :heads].transpose(0, 1, 3, 2, 4)
+    q_TNH = from_units(q_TUYAL, num_heads, layout)
+    np.testing.assert_array_equal(order_queries(q_TNH, layout).q_TUAML, queries.q_TUAML)
+    return q_TNH
+
+
 def rotate_exactly(x_TNH: np.ndarray, angle_T1I: np.ndarray) -> np.ndarray:
     first_TNI, second_TNI = np.split(x_TNH.astype(np.float64), 2, axis=-1)
     turned = (first_TNI + 1j * second_TNI) * np.exp(1j * angle_T1I.astype(np.float64))
@@ -93,7 +106,10 @@ def test_heads_are_rotated_and_written_to_their_places(form, heads, dtype, pool_
         first_k, first_v = heads.num_heads, heads.num_heads + heads.num_kv_heads
         exact_TAH = np.asarray(qkv_TAH).astype(np.float64)
         exact_TAH[:, :first_v] = rotate_exactly(exact_TAH[:, :first_v], angle_T1I)
-        assert q_TNH.dtype == qkv_TAH.dtype
+        if isinstance(q_TNH, UnitQueries):
+            q_TNH = read_queries(q_TNH, new_kv.layout)
+        else:
+            assert q_TNH.dtype == qkv_TAH.dtype
         np.testing.assert_allclose(
             np.asarray(q_TNH).astype(np.float64), exact_TAH[:, :first_k], atol=tolerance[dtype]
         )
@@ -121,7 +137,7 @@ def test_a_kernel_leaves_even_the_trash_page_alone(form):
 
 
 def test_a_layer_behind_others_in_a_pool_is_written_where_its_pages_begin():
-    heads, _, pool_dtype = CASES[3]
+    heads, _, pool_dtype = CASES[5]
     kv, qkv_TAH, angle_T1I = make_case(heads, "float32", pool_dtype, 3)
     pages = to_pages(jax.tree.map(np.asarray, kv))
     both = jax.tree.map(lambda pool: jnp.concatenate([pool, pool]), pages)
