@@ -31,6 +31,8 @@ from jaxserve.kernels_pallas.paged_attention import ref as paged_attention_ref
 from jaxserve.kernels_pallas.paged_attention.decode_plan import find_decode_limit
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import find_prefill_limit
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import ANOTHER_CHIP, CHIPS, TunedBlocks, find_limit
+from jaxserve.kernels_pallas.round_rows import ref as round_rows_ref
+from jaxserve.kernels_pallas.round_rows.ref import RoundRows
 from jaxserve.kernels_pallas.row_blocks import BLOCK_ROWS
 from jaxserve.kernels_pallas.sampling import ref as sampling_ref
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
@@ -60,6 +62,7 @@ class KernelSet:
     shards: Shards = ONE_DEVICE
     make_kv: Callable = make_layer
     int4_matmul: Callable = int4_matmul_ref.int4_matmul
+    round_rows: RoundRows = round_rows_ref.round_rows  # of activations, for products of int8
     grouped_matmul: GroupedForm | None = None  # by matrices of experts; None where a loop has each run
     list_step_work: Callable | None = None  # of attention, for all layers at once; None where there is no use
     block_rows: int = BLOCK_ROWS  # that logits are edited and scored for at a time
@@ -160,6 +163,7 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
     from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
     from jaxserve.kernels_pallas.paged_attention.tpu_prefill import paged_prefill
     from jaxserve.kernels_pallas.paged_attention.tpu_step import list_step_work
+    from jaxserve.kernels_pallas.round_rows.tpu import round_rows
 
     tuned = tuple(row for row in target.tuned if row.device_kind == target.device_kind)
     chip = replace(CHIPS.get(target.device_kind, ANOTHER_CHIP), tuned=tuned)
@@ -175,6 +179,7 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
         paged_prefill=partial(paged_prefill, chip=chip),
         choose_tokens=partial(sampling_ref.choose_tokens, block_rows=TPU_DRAWN_ROWS),
         make_kv=make_pages,
+        round_rows=round_rows,
         grouped_matmul=grouped_form if target.experts and not grouped_limit else None,
         list_step_work=partial(list_step_work, chip=chip),
         block_rows=TPU_BLOCK_ROWS,

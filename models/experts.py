@@ -15,6 +15,7 @@ The matrices of all experts lie below each other: they are loaded, cut and quant
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -152,5 +153,5 @@ def take_part(w_FD: Matrix, index: jax.Array, count: int) -> Matrix:
         q_FC, scale_GF, zero_GF = w_FD.packed
         return GroupedMatrix(Int4Matrix(take(q_FC), take(scale_GF, 1), take(zero_GF, 1)), w_FD.multiply)
     if isinstance(w_FD, QuantizedMatrix):
-        return QuantizedMatrix(take(w_FD.q_FD), take(w_FD.scale_F))
+        return replace(w_FD, q_FD=take(w_FD.q_FD), scale_F=take(w_FD.scale_F))
     return take(w_FD)

@@ -6,48 +6,47 @@ weight's type. fp8 is of weights only and meant for GPUs, where it halves what b
 of an int8 product are int8 too, because on the CPU XLA converts an int8 weight in the graph at a tenth of the
 speed.
 
-A few channels of an activation are many times larger than the rest, and as a row has one scale, they leave
-the others few steps of the 255. So runs of up to 64 channels are mixed by a Hadamard matrix first, which
-spreads what is large over its run: x w^T = (x H)(w H)^T for an orthogonal H. Weights are rotated while they
-are loaded, activations in `matmul` (QuaRot, Ashkboos et al. 2024, with online rotations only), after they are
-rounded to bf16: that is a fraction of the step that int8 has.
+Both operands of an int8 product are rotated, run by run of channels (kernels_pallas/round_rows says why):
+weights while they are loaded, activations where they are rounded.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.kernels_pallas.int4_matmul.ref import (
     Int4Matrix as Int4Matrix,
 )  # what a loader makes of 4-bit values
+from jaxserve.kernels_pallas.round_rows import ref as round_rows_ref
+from jaxserve.kernels_pallas.round_rows.ref import RoundRows, hadamard, quantize, rotate
 from jaxserve.kernels_pallas.rounding import to_bf16
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 
-MOST_MIXED = 64  # channels; 32 saves 3 % of a prefill and is a little further from float32
-FOUR_CHANNELS = np.array([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]], np.float32) / 2
 # Measured on the CPU (2 cores, AMX). Of more tokens, reading a product across its rows takes longer than is
 # won, and so does an MLP that stays transposed.
 MOST_TRANSPOSED_TOKENS = 16
 MOST_TRANSPOSED_MLP_TOKENS = 64
 
 
-class QuantizedMatrix(NamedTuple):
+@partial(jax.tree_util.register_dataclass, data_fields=["q_FD", "scale_F"], meta_fields=["round_rows"])
+@dataclass(frozen=True, slots=True)
+class QuantizedMatrix:
     """A [output, input] matrix as values of one byte and one float32 scale an output row.
 
-    int8: rotated, scale = absmax / 127. float8_e4m3fn: not rotated, scale = absmax / 448.
+    int8: rotated, scale = absmax / 127; with the form in which activations are rotated and rounded for it.
+    float8_e4m3fn: not rotated, scale = absmax / 448.
     """
 
     q_FD: jax.Array
     scale_F: jax.Array
+    round_rows: RoundRows = round_rows_ref.round_rows
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,11 +70,16 @@ Matrix = jax.Array | QuantizedMatrix | GroupedMatrix
 
 
 def bind_kernels(params: Mapping[str, Any], kernels: KernelSet) -> dict[str, Any]:
-    """Loaded parameters, or what describes them, as a model takes them: 4-bit matrices know their product."""
-    return {
-        path: GroupedMatrix(w, kernels.int4_matmul) if isinstance(w, Int4Matrix) else w
-        for path, w in params.items()
-    }
+    """Loaded parameters, or what describes them, as a model takes them: 4-bit matrices know their product,
+    and those of int8 how activations are rounded for them."""
+
+    def bind(w: Any) -> Any:
+        if isinstance(w, Int4Matrix):
+            return GroupedMatrix(w, kernels.int4_matmul)
+        is_int8 = isinstance(w, QuantizedMatrix) and w.is_int8
+        return replace(w, round_rows=kernels.round_rows) if is_int8 else w
+
+    return {path: bind(w) for path, w in params.items()}
 
 
 def matmul(x_TD: jax.Array, w_FD: Matrix) -> jax.Array:
@@ -86,17 +90,16 @@ def matmul(x_TD: jax.Array, w_FD: Matrix) -> jax.Array:
     weight is; it is converted to bf16 within the product on GPUs, and before it on the CPU. 4 bits: only the
     weight; x is rounded to bf16.
     """
+    if isinstance(w_FD, QuantizedMatrix) and w_FD.is_int8:
+        q_TD, scale_T1 = w_FD.round_rows(x_TD)
+        return _product(q_TD, w_FD.q_FD, jnp.int32) * scale_T1 * w_FD.scale_F[None, :]
     x_TD = x_TD.astype(jnp.float32)
     if isinstance(w_FD, GroupedMatrix):
         return w_FD.multiply(to_bf16(x_TD), w_FD.packed)
     if not isinstance(w_FD, QuantizedMatrix):
         x_TD = to_bf16(x_TD) if w_FD.dtype == jnp.bfloat16 else x_TD.astype(w_FD.dtype)
         return _product(x_TD, w_FD, jnp.float32)
-    if w_FD.is_int8:
-        q_TD, scale_T1 = _quantize(rotate(to_bf16(x_TD)), axis=1)
-        y_TF = _product(q_TD, w_FD.q_FD, jnp.int32) * scale_T1
-    else:
-        y_TF = _product(to_bf16(x_TD), w_FD.q_FD.astype(jnp.bfloat16), jnp.float32)
+    y_TF = _product(to_bf16(x_TD), w_FD.q_FD.astype(jnp.bfloat16), jnp.float32)
     return y_TF * w_FD.scale_F[None, :]
 
 
@@ -147,7 +150,7 @@ def _transposed_gated_mlp(
 ) -> jax.Array:
     """The same with the weights as left operands (see `_multiply_weight_first`), tokens last in between."""
     multiply = partial(jax.lax.dot_general, preferred_element_type=jnp.int32)
-    q_TD, scale_T1 = _quantize(rotate(to_bf16(x_TD)), axis=1)
+    q_TD, scale_T1 = w_gate_up_FD.round_rows(x_TD)
     y_FT = multiply(w_gate_up_FD.q_FD, q_TD, (((1,), (1,)), ((), ())))
     y_FT = jax.lax.optimization_barrier(y_FT) * scale_T1.T * w_gate_up_FD.scale_F[:, None]
     gate_FT, up_FT = jnp.split(y_FT, 2, axis=0)
@@ -155,7 +158,7 @@ def _transposed_gated_mlp(
     h_HH = jnp.asarray(hadamard(h_FT.shape[0]), jnp.bfloat16)
     h_RHT = to_bf16(h_FT).reshape(-1, h_HH.shape[0], h_FT.shape[1])
     h_RHT = jnp.einsum("gh,rht->rgt", h_HH, h_RHT, preferred_element_type=jnp.float32)
-    q_FT, scale_1T = _quantize(h_RHT.reshape(h_FT.shape), axis=0)
+    q_FT, scale_1T = quantize(h_RHT.reshape(h_FT.shape), axis=0)
     y_DT = jax.lax.optimization_barrier(multiply(w_down_DF.q_FD, q_FT, (((1,), (0,)), ((), ()))))
     return (y_DT * scale_1T * w_down_DF.scale_F[:, None]).T
 
@@ -173,26 +176,3 @@ def embed(token_ids_T: jax.Array, w_VD: Matrix, shards: Shards = ONE_DEVICE) -> 
 def _take(w_VD: jax.Array, row_T: jax.Array) -> jax.Array:
     """Rows as float32, zeros for one behind the last."""
     return w_VD.at[row_T].get(mode="fill", fill_value=0).astype(jnp.float32)
-
-
-def rotate(x_TD: jax.Array) -> jax.Array:
-    """Each run of channels times its Hadamard matrix: [T, D] float32, of float32 or bf16. Twice gives x."""
-    h_HH = jnp.asarray(hadamard(x_TD.shape[1]), x_TD.dtype)
-    x_RH = x_TD.reshape(-1, h_HH.shape[0])  # R runs of H channels
-    y_RH = jnp.matmul(x_RH, h_HH, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-    return y_RH.reshape(x_TD.shape)
-
-
-def hadamard(width: int) -> np.ndarray:
-    """The symmetric, orthogonal matrix that mixes a run of channels, [H, H] float32: H is the largest power
-    of four, up to 64, that divides the width. Of four, so that 1 / sqrt(H) is exact in bf16."""
-    h_HH = np.ones((1, 1), np.float32)
-    while math.gcd(width, MOST_MIXED) % (4 * h_HH.shape[0]) == 0:
-        h_HH = np.kron(FOUR_CHANNELS, h_HH)
-    return h_HH
-
-
-def _quantize(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """int8 values and float32 scales, one for all along `axis`: absmax / 127, round to nearest."""
-    scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), 1e-12) / 127.0
-    return jnp.round(x / scale).astype(jnp.int8), scale

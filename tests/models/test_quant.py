@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.quant import Matrix, QuantizedMatrix, embed, gated_mlp, hadamard, matmul, rotate
+from jaxserve.kernels_pallas.dispatch import XLA_KERNELS
+from jaxserve.kernels_pallas.round_rows.ref import rotate, round_rows
+from jaxserve.models.quant import Matrix, QuantizedMatrix, bind_kernels, embed, gated_mlp, matmul
 
 WIDTH = 192
 
@@ -33,16 +37,6 @@ def relative_error(actual: jax.Array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(actual) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize(("width", "num_mixed"), [(896, 64), (4864, 64), (96, 16), (20, 4), (7, 1)])
-def test_the_rotation_mixes_runs_of_a_power_of_four_and_is_its_own_inverse(width: int, num_mixed: int):
-    h_HH = hadamard(width)
-    assert h_HH.shape == (num_mixed, num_mixed)
-    np.testing.assert_array_equal(jnp.asarray(h_HH, jnp.bfloat16), h_HH)
-    np.testing.assert_allclose(h_HH @ h_HH, np.eye(num_mixed), atol=1e-6)
-    x_TD = np.random.default_rng(0).standard_normal((3, width), np.float32)
-    np.testing.assert_allclose(rotate(rotate(jnp.asarray(x_TD))), x_TD, atol=1e-5)
-
-
 @pytest.mark.parametrize("num_rows", [1, 2, 16, 17, 40])
 @pytest.mark.parametrize(
     ("dtype", "limit"), [("float32", 1e-6), ("bfloat16", 5e-3), ("int8", 2e-2), ("fp8", 4e-2)]
@@ -55,6 +49,20 @@ def test_products_are_those_of_float32(num_rows: int, dtype: str, limit: float):
     assert y_TF.dtype == jnp.float32
     assert y_TF.shape == (num_rows, 48)
     assert relative_error(y_TF, x_TD.astype(np.float64) @ w_FD.T) < limit
+
+
+def test_activations_are_rounded_in_the_form_that_was_chosen():
+    rng = np.random.default_rng(3)
+    x_TD, w_FD = jnp.asarray(rng.standard_normal((2, WIDTH), np.float32)), rng.standard_normal((48, WIDTH))
+    params = {dtype: make_weight(w_FD.astype(np.float32), dtype) for dtype in ("float32", "int8", "fp8")}
+
+    def round_twice_as_large(x_TD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        q_TD, scale_T1 = round_rows(x_TD)
+        return q_TD, 2 * scale_T1
+
+    bound = bind_kernels(params, replace(XLA_KERNELS, round_rows=round_twice_as_large))
+    for dtype, times in (("float32", 1), ("int8", 2), ("fp8", 1)):
+        np.testing.assert_allclose(matmul(x_TD, bound[dtype]), times * matmul(x_TD, params[dtype]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 64, 65])
