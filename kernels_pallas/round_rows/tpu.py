@@ -1,6 +1,6 @@
 """Rows rotated and rounded to int8 on a TPU (Pallas): read once, written once, in one launch.
 
-XLA makes seven operations of it, whose results it writes and reads again, and each of which takes a while to
+XLA makes six operations of it, whose results it writes and reads again, and each of which takes a while to
 start. Here a block of rows is rotated into VMEM by the matrix units, 128 channels at a time, that is by two
 Hadamard matrices beside each other; then the rows' largest are known, and the block is rounded. Rounding to
 bf16 is left to XLA, which does it where it computes the rows.
@@ -8,7 +8,7 @@ bf16 is left to XLA, which does it where it computes the rows.
 That XLA also computes the rows within the launch (`allow_input_fusion`) does not go with loops: libtpu 0.0.52
 fails on a block that is read at a place known only there.
 
-Letters: R rows of a block, L = 128 lanes, I blocks.
+Letters: R rows of a block, L = 128 lanes, I blocks, C channels at once, M rows of their runs (R x C / L).
 """
 
 from __future__ import annotations
