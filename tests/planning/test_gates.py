@@ -49,7 +49,7 @@ def test_programs_are_small_write_in_place_and_are_near_the_roofline(
         assert program["code_bytes"] <= most_code_bytes
         assert program["alias_bytes"] >= program["state_bytes"]  # the pool's, and the sampling state's
         assert program["largest_copy_bytes"] < 33e6  # no layer's weights or pool; the logits of 256 rows
-        assert program["temp_bytes"] < 300e6  # nor of what a tpu7x has its sparse cores copy
+        assert program["temp_bytes"] < 400e6  # nor of what a tpu7x has its sparse cores copy
         assert set(program["collectives"]) <= {"all-reduce", "all-gather"}
     fewest_rows = programs[0]
     assert fewest_rows["estimate_s"] <= most_times_roofline * fewest_rows["roofline_s"]
