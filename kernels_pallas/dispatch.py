@@ -171,7 +171,8 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
         "" if target.device_kind in CHIPS else f"; no figures of {target.device_kind!r}, so others' sizes"
     )
     grouped_limit = find_tpu_limit(target.experts) if target.experts else ""
-    grouped_form = GroupedForm(grouped_matmul, LEAST_TPU_ROWS, MOST_TPU_ROWS)
+    multiply = partial(grouped_matmul, widens_int8=not chip.multiplies_int8)
+    grouped_form = GroupedForm(multiply, LEAST_TPU_ROWS, MOST_TPU_ROWS)
     return KernelSet(
         name=f"pallas{unknown}" + (f"; xla, as {grouped_limit}" if grouped_limit else ""),
         rope_write=rope_write,

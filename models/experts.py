@@ -3,8 +3,8 @@
 A token goes to some of the E experts, in a copy each. The copies are sorted by expert, and each expert's are
 filled up to whole tiles of rows, so that a tile is one MLP. Only tiles that are there are run: what nobody
 chose is neither read nor multiplied by. A kernel multiplies all tiles by the matrices of their experts at
-once (kernels_pallas/grouped_matmul). Where there is none, a loop runs one tile behind the other; on a GPU
-each of its turns waits for the host.
+once (kernels_pallas/grouped_matmul). Where there is none, as of 4 bits, a loop runs one tile behind the
+other; on a GPU each of its turns waits for the host.
 
     copies by expert    e0: a b c | e1: none | e2: d
     rows, in tiles of 2     a b | c - | d -
@@ -16,6 +16,7 @@ The matrices of all experts lie below each other: they are loaded, cut and quant
 from __future__ import annotations
 
 from dataclasses import replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +24,14 @@ import jax.numpy as jnp
 
 from jaxserve.kernels_pallas.grouped_matmul.limits import ExpertShape
 from jaxserve.kernels_pallas.grouped_matmul.ref import GroupedForm
-from jaxserve.kernels_pallas.rounding import to_bf16
-from jaxserve.models.quant import GroupedMatrix, Int4Matrix, Matrix, QuantizedMatrix, gated_mlp
+from jaxserve.models.quant import (
+    GroupedMatrix,
+    Int4Matrix,
+    Matrix,
+    QuantizedMatrix,
+    gated_mlp,
+    make_operand,
+)
 
 MOST_TILE_ROWS = 64  # of the loop's; more of them are filled up in vain
 
@@ -68,7 +75,7 @@ def run_experts(
     """The sum of what each token's experts make of it, by their shares: [T, D] float32.
 
     `form` is the kernel's, if there is one; the matrices may then be stacks of all layers', with an axis in
-    front, in which the layer's experts begin at `first_expert`.
+    front, in which the layer's experts begin at `first_expert`. Their scales are always the layer's.
 
     Of each expert the rows of gate stand before those of up, and those of the next behind.
     """
@@ -80,32 +87,45 @@ def run_experts(
     num_rows = len(tiles.expert_I) * tile_rows
     token_M = jnp.full(num_rows, num_tokens, jnp.int32)  # behind the last: a row of zeros
     token_M = token_M.at[tiles.row_P].set(jnp.arange(num_copies, dtype=jnp.int32) // num_chosen)
-    x_MD = h_TD.at[token_M].get(mode="fill", fill_value=0)
+
+    def copy_rows(x_TD: jax.Array) -> jax.Array:
+        return x_TD.at[token_M].get(mode="fill", fill_value=0)
+
     matrices = (w_gate_up_FD, w_down_DF)
     if form is None:
-        y_MD = _run_one_by_one(x_MD, tiles, matrices, num_experts)
+        y_MD = _run_one_by_one(copy_rows(h_TD), tiles, matrices, num_experts)
     else:
         tiles = tiles._replace(expert_I=tiles.expert_I + first_expert)
-        y_MD = _run_at_once(x_MD, tiles, matrices, num_experts, form)
+        rounded = jax.tree.map(copy_rows, make_operand(h_TD, w_gate_up_FD))  # once for all copies of a token
+        y_MD = _run_at_once(rounded, tiles, matrices, num_experts, form)
     y_TKD = y_MD[tiles.row_P].reshape(num_tokens, num_chosen, -1)
     return (y_TKD * share_TK[:, :, None]).sum(axis=1)
 
 
 def _run_at_once(
-    x_MD: jax.Array, tiles: Tiles, matrices: tuple[Matrix, Matrix], num_experts: int, form: GroupedForm
+    rounded: tuple[jax.Array, jax.Array | None],
+    tiles: Tiles,
+    matrices: tuple[Matrix, Matrix],
+    num_experts: int,
+    form: GroupedForm,
 ) -> jax.Array:
-    """The MLP of each row, [M, D] float32, in two products; anything in the rows of absent tiles."""
+    """The MLP of each row, [M, D] float32, in two products; anything in the rows of absent tiles. `rounded`
+    are the rows as `make_operand` gives them."""
 
-    def multiply(x_MD: jax.Array, w_FD: Matrix) -> jax.Array:
-        assert isinstance(w_FD, jax.Array), "a form of the product is chosen for matrices of bf16"
-        *_, num_rows, num_inputs = w_FD.shape
-        w_EFD = w_FD.reshape(-1, num_rows // num_experts, num_inputs)
-        x_MD = to_bf16(x_MD) if w_FD.dtype == jnp.bfloat16 else x_MD.astype(w_FD.dtype)
-        return form.multiply(x_MD, w_EFD, tiles.expert_I, tiles.num_tiles)
+    def multiply(rounded: tuple[jax.Array, jax.Array | None], w_FD: Matrix) -> jax.Array:
+        assert not isinstance(w_FD, GroupedMatrix), "no form of the product is chosen for 4 bits"
+        q_FD, scale_EF = w_FD, None
+        if isinstance(w_FD, QuantizedMatrix):
+            q_FD, scale_EF = w_FD.q_FD, w_FD.scale_F.reshape(num_experts, -1)
+        *_, num_rows, num_inputs = q_FD.shape
+        w_EFD = q_FD.reshape(-1, num_rows // num_experts, num_inputs)
+        x_MD, scale_M1 = rounded
+        y_MF = form.multiply(x_MD, w_EFD, tiles.expert_I, tiles.num_tiles, scale_EF)
+        return y_MF if scale_M1 is None else y_MF * scale_M1
 
     w_gate_up_FD, w_down_DF = matrices
-    gate_MF, up_MF = jnp.split(multiply(x_MD, w_gate_up_FD), 2, axis=1)
-    return multiply(jax.nn.silu(gate_MF) * up_MF, w_down_DF)
+    gate_MF, up_MF = jnp.split(multiply(rounded, w_gate_up_FD), 2, axis=1)
+    return multiply(make_operand(jax.nn.silu(gate_MF) * up_MF, w_down_DF), w_down_DF)
 
 
 def _run_one_by_one(
@@ -140,6 +160,15 @@ def plan_tiles(expert_P: jax.Array, num_experts: int, tile_rows: int) -> Tiles:
     most_tiles = min(num_copies, num_experts + num_copies // tile_rows)
     expert_I = (end_E <= jnp.arange(most_tiles, dtype=jnp.int32)[:, None]).sum(axis=1, dtype=jnp.int32)
     return Tiles(row_P, expert_I, end_E[-1])
+
+
+def find_in_stack(w_FD: Matrix, stack_LFD: Matrix) -> Matrix:
+    """A layer's matrix where it lies in that of all layers, but with scales of its own, which are few: what
+    is cut out of a stack for a kernel is copied."""
+    if isinstance(w_FD, QuantizedMatrix):
+        assert isinstance(stack_LFD, QuantizedMatrix)
+        return replace(w_FD, q_FD=stack_LFD.q_FD)
+    return stack_LFD
 
 
 def take_part(w_FD: Matrix, index: jax.Array, count: int) -> Matrix:

@@ -90,17 +90,26 @@ def matmul(x_TD: jax.Array, w_FD: Matrix) -> jax.Array:
     weight is; it is converted to bf16 within the product on GPUs, and before it on the CPU. 4 bits: only the
     weight; x is rounded to bf16.
     """
-    if isinstance(w_FD, QuantizedMatrix) and w_FD.is_int8:
-        q_TD, scale_T1 = w_FD.round_rows(x_TD)
-        return _product(q_TD, w_FD.q_FD, jnp.int32) * scale_T1 * w_FD.scale_F[None, :]
-    x_TD = x_TD.astype(jnp.float32)
+    x_TD, scale_T1 = make_operand(x_TD, w_FD)
     if isinstance(w_FD, GroupedMatrix):
-        return w_FD.multiply(to_bf16(x_TD), w_FD.packed)
+        return w_FD.multiply(x_TD, w_FD.packed)
     if not isinstance(w_FD, QuantizedMatrix):
-        x_TD = to_bf16(x_TD) if w_FD.dtype == jnp.bfloat16 else x_TD.astype(w_FD.dtype)
         return _product(x_TD, w_FD, jnp.float32)
-    y_TF = _product(to_bf16(x_TD), w_FD.q_FD.astype(jnp.bfloat16), jnp.float32)
+    if scale_T1 is not None:
+        y_TF = _product(x_TD, w_FD.q_FD, jnp.int32) * scale_T1
+    else:
+        y_TF = _product(x_TD, w_FD.q_FD.astype(jnp.bfloat16), jnp.float32)
     return y_TF * w_FD.scale_F[None, :]
+
+
+def make_operand(x_TD: jax.Array, w_FD: Matrix) -> tuple[jax.Array, jax.Array | None]:
+    """x as a product by that matrix takes it, and what its rows of int8 are to be multiplied by behind."""
+    if isinstance(w_FD, QuantizedMatrix) and w_FD.is_int8:
+        return w_FD.round_rows(x_TD)
+    x_TD = x_TD.astype(jnp.float32)
+    if isinstance(w_FD, QuantizedMatrix | GroupedMatrix) or w_FD.dtype == jnp.bfloat16:
+        return to_bf16(x_TD), None
+    return x_TD.astype(w_FD.dtype), None
 
 
 def _product(x_TD: jax.Array, w_FD: jax.Array, dtype: jnp.dtype) -> jax.Array:

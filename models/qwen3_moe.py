@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.kernels_pallas.dispatch import KernelSet
-from jaxserve.models.experts import choose_experts, run_experts
+from jaxserve.models.experts import choose_experts, find_in_stack, run_experts
 from jaxserve.models.hf_config import read_hf_config
 from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, TensorSource
 from jaxserve.models.layers import (
@@ -198,9 +198,11 @@ class Model(nnx.Module):
             h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
             logits_TE = matmul(h_TD, layer.w_router_ED.get_value())
             chosen = choose_experts(logits_TE, cfg.num_chosen, cfg.normalizes_shares)
-            matrices = stacks or (layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value())
+            gate_up, down = layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value()
+            if stacks is not None:
+                gate_up, down = find_in_stack(gate_up, stacks[0]), find_in_stack(down, stacks[1])
             first = 0 if batch.layer is None else batch.layer * cfg.num_experts
-            y_TD = run_experts(h_TD, *chosen, *matrices, cfg.num_experts, grouped, first)
+            y_TD = run_experts(h_TD, *chosen, gate_up, down, cfg.num_experts, grouped, first)
             return x_TD + shards.add(y_TD), kv
 
         states = [nnx.state(layer) for layer in self.layers]

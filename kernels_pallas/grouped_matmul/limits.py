@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 LEAST_GPU_ROWS, MOST_GPU_ROWS = 8, 128
 LEAST_TPU_ROWS, MOST_TPU_ROWS = 16, 128  # a tile of bf16, and a side of the smallest matrix unit
+WEIGHTS = ("bfloat16", "int8", "fp8")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +29,8 @@ def find_tpu_limit(experts: ExpertShape) -> str:
 
 
 def _find_limit(experts: ExpertShape, width_unit: int) -> str:
-    if experts.weights != "bfloat16":
-        return f"the product by experts wants weights of bfloat16, not {experts.weights}"
+    if experts.weights not in WEIGHTS:
+        return f"the product by experts wants weights of bfloat16, int8 or fp8, not {experts.weights}"
     if experts.width % width_unit or experts.expert_width % 64:
         units = "64s" if width_unit == 64 else f"{width_unit}s and 64s"
         widths = f"{experts.width} and {experts.expert_width}"

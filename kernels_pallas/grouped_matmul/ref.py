@@ -11,33 +11,58 @@ how tokens come to their experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 
+class Multiply(Protocol):
+    """`grouped_matmul`, in whatever form."""
+
+    def __call__(
+        self,
+        x_MD: jax.Array,
+        w_EFD: jax.Array,
+        expert_I: jax.Array,
+        num_tiles: jax.Array,
+        scale_EF: jax.Array | None = None,
+        /,
+    ) -> jax.Array: ...
+
+
 class GroupedForm(NamedTuple):
     """A form of the product, and the tiles that it takes: powers of two of rows, within these."""
 
-    multiply: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+    multiply: Multiply
     least_rows: int
     most_rows: int
 
 
-def grouped_matmul(x_MD: jax.Array, w_EFD: jax.Array, expert_I: jax.Array, num_tiles: jax.Array) -> jax.Array:
-    """Each tile of x times the transpose of its expert's matrix: [M, F] float32, of bf16.
+def grouped_matmul(
+    x_MD: jax.Array,
+    w_EFD: jax.Array,
+    expert_I: jax.Array,
+    num_tiles: jax.Array,
+    scale_EF: jax.Array | None = None,
+) -> jax.Array:
+    """Each tile of x times the transpose of its expert's matrix: [M, F] float32.
 
-    `expert_I` int32, those from `num_tiles` (int32) on within E. Rows of absent tiles may hold anything.
+    Of bf16 by bf16 or float8_e4m3fn, summed in float32, or of int8 by int8, summed in int32. `scale_EF`
+    float32 is what each output is multiplied by. `expert_I` int32, those from `num_tiles` (int32) on within
+    E. Where the matrices are those of several layers, the scales may be of one of them: expert e has those
+    of e modulo their number. Rows of absent tiles may hold anything.
     """
     x_IRD = x_MD.reshape(len(expert_I), -1, x_MD.shape[1])
+    sum_dtype = jnp.int32 if w_EFD.dtype == jnp.int8 else jnp.float32
 
     def run_tile(index: jax.Array, y_IRF: jax.Array) -> jax.Array:
-        w_FD = w_EFD[expert_I[index]]
+        w_FD = w_EFD[expert_I[index]].astype(x_MD.dtype)
         y_RF = jax.lax.dot_general(
-            x_IRD[index], w_FD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
-        )
+            x_IRD[index], w_FD, (((1,), (1,)), ((), ())), preferred_element_type=sum_dtype
+        ).astype(jnp.float32)
+        if scale_EF is not None:
+            y_RF *= scale_EF[expert_I[index] % len(scale_EF)]
         return y_IRF.at[index].set(y_RF)
 
     y_IRF = jnp.zeros((*x_IRD.shape[:2], w_EFD.shape[1]), jnp.float32)

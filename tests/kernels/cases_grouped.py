@@ -18,6 +18,8 @@ class Case:
     num_outputs: int
     num_inputs: int
     num_absent: int = 0  # tiles
+    weights: str = "bfloat16"  # or "int8", of int8 rows, or "float8_e4m3fn"
+    num_layers: int = 1  # whose matrices there are; the experts are those of the last, whose scales there are
 
 
 CASES = [
@@ -26,6 +28,13 @@ CASES = [
     Case("all to one expert, whose last tile has one row", (0, 0, 33, 0), 32, 64, 192),
     Case("tiles of a left operand's rows", (65, 64), 64, 384, 6 * 64, num_absent=1),
     Case("tiles for two consumers", (129, 0, 5), 128, 256, 5 * 64),
+    Case("int8", (9, 0, 3), 8, 128, 7 * 128, num_absent=2, weights="int8"),
+    Case("int8 of three layers, narrow steps", (0, 33), 32, 64, 192, weights="int8", num_layers=3),
+    Case("int8, tiles of a left operand's rows", (65,), 64, 192, 6 * 64, weights="int8"),
+    Case("int8, tiles for two consumers", (129, 0, 5), 128, 256, 5 * 64, weights="int8"),
+    Case("fp8", (9, 0, 3), 8, 128, 7 * 128, num_absent=2, weights="float8_e4m3fn"),
+    Case("fp8 of two layers, one consumer", (0, 9), 64, 192, 192, weights="float8_e4m3fn", num_layers=2),
+    Case("fp8, two consumers of a tile", (129,), 128, 128, 5 * 64, weights="float8_e4m3fn"),
 ]
 
 
@@ -36,6 +45,7 @@ class Input(NamedTuple):
     w_EFD: jax.Array
     expert_I: jax.Array
     num_tiles: jax.Array
+    scale_EF: jax.Array | None
     want_MF: np.ndarray
 
 
@@ -45,19 +55,26 @@ def make_input(case: Case) -> Input:
     expert_I = [e for e, count in enumerate(case.counts_E) for _ in range(-(-count // case.tile_rows))]
     num_tiles = len(expert_I)
     expert_I += [num_experts] * case.num_absent  # none that there is
-    x_MD, w_EFD = (
-        jnp.asarray(rng.standard_normal(shape, np.float32), jnp.bfloat16)
-        for shape in (
-            (len(expert_I) * case.tile_rows, case.num_inputs),
-            (num_experts, case.num_outputs, case.num_inputs),
-        )
-    )
+    expert_I = np.array(expert_I) + (case.num_layers - 1) * num_experts
+
+    def draw(shape: tuple[int, ...], dtype: str) -> jax.Array:
+        if dtype == "int8":
+            return jnp.asarray(rng.integers(-127, 128, shape), jnp.int8)
+        return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
+
+    x_dtype = "int8" if case.weights == "int8" else "bfloat16"
+    x_MD = draw((len(expert_I) * case.tile_rows, case.num_inputs), x_dtype)
+    w_EFD = draw((case.num_layers * num_experts, case.num_outputs, case.num_inputs), case.weights)
+    scale_EF = None
+    if case.weights != "bfloat16":
+        scale_EF = jnp.asarray(rng.uniform(0.5, 2, (num_experts, case.num_outputs)), jnp.float32)
     want_MF = np.full((len(x_MD), case.num_outputs), np.nan)
-    for index in range(num_tiles):
+    for index, expert in enumerate(expert_I[:num_tiles]):
         rows = slice(index * case.tile_rows, (index + 1) * case.tile_rows)
-        w_FD = np.asarray(w_EFD[expert_I[index]]).astype(np.float64)
-        want_MF[rows] = np.asarray(x_MD[rows]).astype(np.float64) @ w_FD.T
-    return Input(x_MD, w_EFD, jnp.asarray(expert_I, jnp.int32), jnp.int32(num_tiles), want_MF)
+        want_MF[rows] = np.asarray(x_MD[rows]).astype(np.float64) @ np.asarray(w_EFD[expert], np.float64).T
+        if scale_EF is not None:
+            want_MF[rows] *= np.asarray(scale_EF[expert % num_experts])
+    return Input(x_MD, w_EFD, jnp.asarray(expert_I, jnp.int32), jnp.int32(num_tiles), scale_EF, want_MF)
 
 
 def measure_error(got_MF: jax.Array, want_MF: np.ndarray) -> float:

@@ -63,21 +63,33 @@ def test_experts_get_a_kernel_or_the_reason():
     experts = ExpertShape(width=2048, expert_width=768, weights="bfloat16")
     assert choose().name == "mosaic"
     assert choose().grouped_matmul == GroupedForm(grouped_matmul, 8, 128)
-    assert choose_kernels(H200).grouped_matmul is choose(weights="fp8").grouped_matmul is None
-    assert "; xla, as the product by experts wants weights of bfloat16, not fp8" in choose(weights="fp8").name
+    assert (
+        choose(weights="fp8").grouped_matmul
+        == choose(weights="int8").grouped_matmul
+        == choose().grouped_matmul
+    )
+    assert choose_kernels(H200).grouped_matmul is choose(weights="int4").grouped_matmul is None
+    assert "; xla, as the product by experts wants weights of bfloat16, int8 or fp8, not int4" in (
+        choose(weights="int4").name
+    )
     assert "wants widths in 64s, not 2048 and 96" in choose(expert_width=96).name
 
 
 def test_a_tpu_has_a_product_by_experts_too():
     from jaxserve.kernels_pallas.grouped_matmul.tpu import grouped_matmul
 
-    experts = ExpertShape(width=2048, expert_width=768, weights="bfloat16")
-    assert choose_kernels(replace(V5E, experts=experts)).grouped_matmul == GroupedForm(
-        grouped_matmul, 16, 128
-    )
-    kernels = choose_kernels(replace(V5E, experts=replace(experts, weights="int8")))
+    experts = ExpertShape(width=2048, expert_width=768, weights="int8")
+    for kind, widens in (("TPU v5 lite", False), ("TPU7x", True), ("a chip that nobody knows", True)):
+        form = choose_kernels(replace(V5E, experts=experts, device_kind=kind)).grouped_matmul
+        assert form is not None
+        assert isinstance(form.multiply, partial)
+        assert (form.multiply.func, form.multiply.keywords) == (grouped_matmul, {"widens_int8": widens})
+        assert (form.least_rows, form.most_rows) == (16, 128)
+    kernels = choose_kernels(replace(V5E, experts=replace(experts, expert_width=96)))
     assert kernels.grouped_matmul is None
-    assert kernels.name == "pallas; xla, as the product by experts wants weights of bfloat16, not int8"
+    assert (
+        kernels.name == "pallas; xla, as the product by experts wants widths in 128s and 64s, not 2048 and 96"
+    )
 
 
 def test_another_gpu_gets_xlas_form_and_the_reason():

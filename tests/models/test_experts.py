@@ -10,6 +10,7 @@ import pytest
 from jaxserve.kernels_pallas.grouped_matmul.ref import GroupedForm, grouped_matmul
 from jaxserve.models.experts import choose_experts, choose_tile_rows, plan_tiles, run_experts, take_part
 from jaxserve.models.quant import GroupedMatrix, Int4Matrix, QuantizedMatrix
+from tests.models.test_quant import make_weight
 
 NUM_EXPERTS, NUM_CHOSEN, WIDTH, EXPERT_WIDTH = 5, 2, 14, 6
 
@@ -51,12 +52,13 @@ def test_a_token_gets_the_sum_of_its_experts(num_tokens, choice):
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "int8", "fp8"])
 @pytest.mark.parametrize("num_tokens", [1, 7, 40])
-def test_a_form_of_the_product_gives_the_same_sum(num_tokens):
+def test_a_form_of_the_product_gives_the_same_sum(num_tokens, weights):
     """Whatever it leaves in the rows of absent tiles."""
 
-    def multiply(x_MD, w_EFD, expert_I, num_tiles):
-        y_MF = grouped_matmul(x_MD, w_EFD, expert_I, num_tiles)
+    def multiply(x_MD, w_EFD, expert_I, num_tiles, scale_EF=None):
+        y_MF = grouped_matmul(x_MD, w_EFD, expert_I, num_tiles, scale_EF)
         row_M1 = jnp.arange(len(x_MD), dtype=jnp.int32)[:, None]
         return jnp.where(row_M1 < num_tiles * (len(x_MD) // len(expert_I)), y_MF, jnp.nan)
 
@@ -65,7 +67,7 @@ def test_a_form_of_the_product_gives_the_same_sum(num_tokens):
     chosen = choose_experts(
         jnp.asarray(rng.standard_normal((num_tokens, NUM_EXPERTS), np.float32)), NUM_CHOSEN, True
     )
-    flat = [jnp.asarray(w.reshape(-1, w.shape[2]), jnp.bfloat16) for w in make_experts(rng)]
+    flat = [make_weight(w.reshape(-1, w.shape[2]), weights) for w in make_experts(rng)]
     run = jax.jit(run_experts, static_argnames=("num_experts", "form"))
     want = run(h_TD, *chosen, *flat, num_experts=NUM_EXPERTS)
     got = run(h_TD, *chosen, *flat, num_experts=NUM_EXPERTS, form=GroupedForm(multiply, 4, 8))

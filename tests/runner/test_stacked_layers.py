@@ -81,11 +81,18 @@ def test_a_loop_over_layers_gives_the_golden_tokens(tmp_path, name):
     runner.close()
 
 
-def test_a_product_by_experts_finds_those_of_its_layer_in_the_stack(tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_product_by_experts_finds_those_of_its_layer_in_the_stack(tmp_path, quantization):
     golden = read_tiny_goldens("qwen3_moe")[33]
     form = GroupedForm(grouped_matmul, 4, 8)
-    runner = make_runner(tmp_path, "qwen3_moe", kernels=replace(XLA_KERNELS, grouped_matmul=form))
     wanted = list(golden.greedy_ids)[:8]
+    if quantization != "none":
+        runner = make_runner(tmp_path, "qwen3_moe", quantization)
+        wanted = decode(runner, golden.prompt_ids, len(wanted))
+        runner.close()
+    runner = make_runner(
+        tmp_path, "qwen3_moe", quantization, kernels=replace(XLA_KERNELS, grouped_matmul=form)
+    )
     assert decode(runner, golden.prompt_ids, len(wanted)) == wanted
     runner.close()
 

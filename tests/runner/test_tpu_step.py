@@ -117,7 +117,8 @@ def test_four_chips_share_the_step_and_each_has_its_rows_of_the_pool():
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 2 * CFG.num_layers
 
 
-def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack():
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack(quantization):
     hf_config = json.loads((SHAPES / "qwen3-30b-a3b" / "config.json").read_text())
     cfg = replace(qwen3_moe.Config.from_hf(hf_config), num_layers=3)
     target = KernelTarget(
@@ -127,10 +128,10 @@ def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack(
         page_size=PAGE_SIZE,
         kv_dtype="bfloat16",
         device_kind=device_kind("v5e"),
-        experts=describe_experts(cfg, dtype="bfloat16", quantization="none"),
+        experts=describe_experts(cfg, dtype="bfloat16", quantization=quantization),
     )
     kernels = choose_kernels(target)
-    params = describe_params(qwen3_moe.param_specs(cfg), dtype="bfloat16", quantization="none")
+    params = describe_params(qwen3_moe.param_specs(cfg), dtype="bfloat16", quantization=quantization)
     model = qwen3_moe.Model(cfg, describe_stacks(params, cfg.num_layers), kernels)
     graphdef, weights = nnx.split(model)
     pool = replace(POOL, stacks_layers=True)
