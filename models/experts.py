@@ -16,7 +16,6 @@ The matrices of all experts lie below each other: they are loaded, cut and quant
 from __future__ import annotations
 
 from dataclasses import replace
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax

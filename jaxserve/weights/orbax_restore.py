@@ -114,7 +114,7 @@ def restore_params(
             params[spec.path] = _quantize_again(spec, values, put)
         else:
             arrays = [put(spec.path, value, spec.axes[: value.ndim]) for value in values]
-            params[spec.path] = QuantizedMatrix(*arrays) if len(arrays) > 1 else arrays[0]
+            params[spec.path] = QuantizedMatrix(arrays[0], arrays[1]) if len(arrays) > 1 else arrays[0]
         done_bytes += count_served_bytes([spec], dtype=dtype, quantization=quantization)
         on_progress("Loading weights", done_bytes, total_bytes)
     return params

@@ -115,11 +115,19 @@ def test_a_step_runs_our_kernels_and_loops_over_nothing_else(shape, attention):
     assert num_loops == (1 if shape.num_tokens else 0)  # that scores prompts: no time round unless asked
 
 
-def test_a_step_multiplies_by_all_experts_at_once():
-    """Two launches a layer; no loop, which would wait for the host at every turn, and no expert copied."""
-    report, _, _ = compile_step(Shape(64, 0), family=qwen3_moe, name="qwen3-30b-a3b")
+@pytest.mark.parametrize(
+    ("shape", "quantization"),
+    [(Shape(64, 0), "none"), (Shape(0, 1024), "none"), (Shape(0, 1024), "fp8")],
+    ids=str,
+)
+def test_a_step_multiplies_by_all_experts_at_once(shape, quantization):
+    """Two launches a layer; no loop, which would wait for the host at every turn, and no expert copied or
+    made in another type."""
+    report, _, _ = compile_step(shape, quantization, family=qwen3_moe, name="qwen3-30b-a3b")
     entry = report.hlo[report.hlo.index("\nENTRY") :]
     assert entry.count("grouped_matmul") >= 4
-    assert list_copies(entry, EXPERTS_BYTES) == []
-    assert " while(" not in report.hlo
+    assert list_copies(entry, EXPERTS_BYTES // 4) == []
+    experts = r"= \w+\[(?:128,1536,2048|196608,2048|128,2048,768|262144,768)\]\S* (?!parameter|bitcast)"
+    assert re.findall(experts, entry) == []
+    assert report.hlo.count(" while(") == (1 if shape.num_tokens else 0)  # that scores prompts
     assert report.temp_bytes < EXPERTS_BYTES
