@@ -82,11 +82,8 @@ def rope_write(
         name="kv_write",
         interpret=interpret,
     )(write_index_T, first_page_1, qkv_TF, cos_T1I, sin_T1I, places)
-    shape = (num_tokens, layout.num_units, layout.chunks_per_unit, unit_rows, LANES)
-    return (
-        UnitQueries(q_ZL.reshape(shape), num_heads),
-        KVPages(words.reshape(kv.words_PSJL.shape), None, layout),
-    )
+    q_TUAML = q_ZL.reshape(num_tokens, layout.num_units, layout.chunks_per_unit, unit_rows, LANES)
+    return UnitQueries(q_TUAML, num_heads), KVPages(words.reshape(kv.words_PSJL.shape), None, layout)
 
 
 @dataclass(frozen=True, slots=True)
