@@ -87,6 +87,17 @@ def _find_stage(work: Work, block):
     return jax.lax.rem(work.step + block, work.shape.num_stages)
 
 
+def _find_own(work: Work, block):
+    """The consumer's index into what is each consumer's own.
+
+    Where registers are scarce it seems to change from block to block, by a stage that is never negative:
+    addresses that are known to stay the same would be computed once, and kept in registers throughout.
+    """
+    if work.shape.head_dim <= 128:
+        return work.consumer
+    return work.consumer + jnp.minimum(_find_stage(work, block), 0)
+
+
 def _give_turn(work: Work) -> None:
     mosaic.barrier_arrive(work.memory.turn.at[NUM_CONSUMERS - 1 - work.consumer])
 
@@ -94,14 +105,15 @@ def _give_turn(work: Work) -> None:
 def _start_scores(work: Work, score_ref, block) -> None:
     """Q K^T of a block, which ends the turn."""
     k_HB = work.memory.k_smem.at[_find_stage(work, block)].transpose((1, 0))
-    mosaic.wgmma(score_ref, work.memory.q_smem.at[work.consumer], k_HB)
+    mosaic.wgmma(score_ref, work.memory.q_smem.at[_find_own(work, block)], k_HB)
     _give_turn(work)
 
 
 def _finish_scores(work: Work, s_MB, block, rows: _Rows, is_masked: bool) -> _Rows:
     """Leave P of a block in shared memory."""
     mosaic.barrier_arrive(work.memory.k_emptied.at[_find_stage(work, block)])
-    work.memory.p_smem[work.consumer], rows = _exponentiate(work, s_MB, rows, block, is_masked)
+    own = _find_own(work, block)
+    work.memory.p_smem[own], rows = _exponentiate(work, s_MB, rows, block, is_masked)
     mosaic.commit_smem()
     return rows
 
@@ -112,12 +124,12 @@ def _add_values(work: Work, block, acc, keep_M, start_more):
     `start_more` starts what is to run beside the last piece's product.
     """
     memory, shape = work.memory, work.shape
-    stage = _find_stage(work, block)
+    stage, own = _find_stage(work, block), _find_own(work, block)
     keep = jax.lax.broadcast_in_dim(keep_M, acc[0].shape, [0])
 
     def start(piece_ref, piece):
         channels = mosaic.ds(piece * shape.piece_channels, shape.piece_channels)
-        mosaic.wgmma(piece_ref, memory.p_smem.at[work.consumer], memory.v_smem.at[stage, :, channels])
+        mosaic.wgmma(piece_ref, memory.p_smem.at[own], memory.v_smem.at[stage, :, channels])
         if piece == len(acc) - 1:
             start_more()
 

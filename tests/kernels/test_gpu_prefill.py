@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -100,7 +100,6 @@ class Gate:
     window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
-    max_spill_bytes: int = 0
 
 
 GATES = [
@@ -109,8 +108,7 @@ GATES = [
     Gate("Qwen2.5 0.5B", Heads(14, 2, 64)),
     Gate("gpt-oss", Heads(64, 8, 64), window=128, has_sinks=True),
     Gate("window and soft cap", Heads(16, 8, 128), window=4096, soft_cap=50.0),
-    # Heads of 256 leave too few registers: scalars and addresses spill, a few of them inside the loops.
-    Gate("Gemma 2 9B", Heads(16, 8, 256), window=4096, soft_cap=50.0, max_spill_bytes=600),
+    Gate("Gemma 2 9B", Heads(16, 8, 256), window=4096, soft_cap=50.0),
 ]
 
 
@@ -130,10 +128,6 @@ def test_kernel_compiles_for_h200(gate):
 
     table_XW = jax.ShapeDtypeStruct((16, 128), jnp.int32)
     report = compile_for_h200(run, sinks_N, q_TNH, KVLayer(pool, pool), table_XW, *[int32_C] * 4)
-    kernel = report.kernel("paged_prefill")
-    if gate.max_spill_bytes:
-        assert kernel.spill_bytes <= gate.max_spill_bytes
-        kernel = replace(kernel, spill_bytes=0, stack_bytes=0, warnings=())
-    assert_fits(kernel, max_registers=168)
+    assert_fits(report.kernel("paged_prefill"), max_registers=168)
     out_bytes = 2 * num_tokens * heads.num_heads * heads.head_dim
     assert report.temp_bytes <= out_bytes + 64 * 1024  # the output in bf16, and the list of tiles
