@@ -173,11 +173,11 @@ def measure_error(call: Callable, case: Case) -> float | None:
 
 
 def time_cudnn(case: Case, num_calls: int) -> float | None:
-    """The same prompt through cuDNN: one run without a prefix or window, K and V side by side."""
+    """The same prompt through cuDNN: one run without a prefix or window, K and V of bf16 side by side."""
     if case.group != "prefill" or len(case.arguments[3]) > 1 or case.options["window"] is not None:
         return None
     q_TNH, kv, *_, kv_len_C = case.arguments
-    if int(kv_len_C[0]) != len(q_TNH):
+    if int(kv_len_C[0]) != len(q_TNH) or kv.k_PSKH.dtype != q_TNH.dtype:
         return None
     _, _, num_kv_heads, head_dim = kv.k_PSKH.shape
     k_1TKH, v_1TKH = (

@@ -120,7 +120,7 @@ def make_arguments(bench: DecodeBench, key: jax.Array) -> tuple[tuple[Any, ...],
     num_queries = bench.num_rows * bench.tokens_per_row
     arguments = (
         jax.random.normal(keys[1], (num_queries, bench.num_heads, bench.head_dim), jnp.bfloat16),
-        _make_pool(shape, bench.kv_dtype, keys[2:]),
+        make_pool(shape, bench.kv_dtype, keys[2:]),
         jnp.asarray(table, jnp.int32),
         jnp.repeat(jnp.arange(bench.num_rows, dtype=jnp.int32), bench.tokens_per_row),
         jnp.maximum((jnp.asarray(lengths, jnp.int32)[:, None] + tokens).reshape(-1), 0),
@@ -129,7 +129,8 @@ def make_arguments(bench: DecodeBench, key: jax.Array) -> tuple[tuple[Any, ...],
     return arguments, options
 
 
-def _make_pool(shape: tuple[int, int, int, int], kv_dtype: str, keys: jax.Array) -> KVLayer:
+def make_pool(shape: tuple[int, int, int, int], kv_dtype: str, keys: jax.Array) -> KVLayer:
+    """Random K and V of [P, S, K, H], with scales where they have any; takes four keys."""
     if kv_dtype != "int8":
         k_PSKH, v_PSKH = (jax.random.normal(key, shape, jnp.bfloat16).astype(kv_dtype) for key in keys[:2])
         return KVLayer(k_PSKH, v_PSKH)

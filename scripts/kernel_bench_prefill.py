@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from kernel_bench_decode import PAGE_TOKENS, make_pool
 
-from jaxserve.kernels_pallas.kv_layer import KVLayer
-
-PAGE_TOKENS = 64
+from jaxserve.kernels_pallas.kv_layer import num_k_scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +27,7 @@ class PrefillBench:
     num_heads: int = 32
     num_kv_heads: int = 8
     head_dim: int = 128
+    kv_dtype: str = "bfloat16"
     window: int | None = None
 
     @property
@@ -53,8 +53,10 @@ class PrefillBench:
     @property
     def moved_bytes(self) -> int:
         """Queries and results in bf16, and K and V once: what no form can do without."""
-        num_values = self.num_tokens * self.num_heads + self.num_runs * self.kv_len * self.num_kv_heads
-        return 2 * 2 * num_values * self.head_dim
+        scales = num_k_scales(self.head_dim) + 1 if self.kv_dtype == "int8" else 0
+        kv_bytes = 2 * self.head_dim * jnp.dtype(self.kv_dtype).itemsize + 4 * scales
+        query_bytes = 2 * 2 * self.num_tokens * self.num_heads * self.head_dim
+        return query_bytes + self.num_runs * self.kv_len * self.num_kv_heads * kv_bytes
 
 
 # What matters most first: long prompts, then chunks behind prefixes, then many short runs.
@@ -66,6 +68,9 @@ PREFILL_BENCHES = [
     PrefillBench(name="2k behind 30k", run_tokens=2048, prefix_tokens=30720),
     PrefillBench(name="512 behind 3.5k, 8 runs", run_tokens=512, num_runs=8, prefix_tokens=3584),
     PrefillBench(name="100 tokens, 64 runs", run_tokens=100, num_runs=64),
+    PrefillBench(name="8k, int8", run_tokens=8192, kv_dtype="int8"),
+    PrefillBench(name="8k, fp8", run_tokens=8192, kv_dtype="float8_e4m3fn"),
+    PrefillBench(name="2k behind 30k, int8", run_tokens=2048, prefix_tokens=30720, kv_dtype="int8"),
     PrefillBench(name="8k, Qwen2.5 7B", run_tokens=8192, num_heads=28, num_kv_heads=4),
     PrefillBench(name="8k, Qwen2.5 0.5B", run_tokens=8192, num_heads=14, num_kv_heads=2, head_dim=64),
     PrefillBench(
@@ -77,7 +82,7 @@ PREFILL_BENCHES = [
 
 def make_arguments(bench: PrefillBench, key: jax.Array) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of `paged_prefill`, random, on the default device."""
-    q_key, k_key, v_key, order_key = jax.random.split(key, 4)
+    q_key, order_key, pool_key = jax.random.split(key, 3)
     pages_per_run = -(-bench.kv_len // PAGE_TOKENS)
     num_pages = bench.num_runs * pages_per_run + 1
     shape = (num_pages, PAGE_TOKENS, bench.num_kv_heads, bench.head_dim)
@@ -85,7 +90,7 @@ def make_arguments(bench: PrefillBench, key: jax.Array) -> tuple[tuple[Any, ...]
     run_C = jnp.arange(bench.num_runs, dtype=jnp.int32)
     arguments = (
         jax.random.normal(q_key, (bench.num_tokens, bench.num_heads, bench.head_dim), jnp.bfloat16),
-        KVLayer(jax.random.normal(k_key, shape, jnp.bfloat16), jax.random.normal(v_key, shape, jnp.bfloat16)),
+        make_pool(shape, bench.kv_dtype, jax.random.split(pool_key, 4)),
         order.reshape(bench.num_runs, pages_per_run),
         run_C,
         run_C * bench.run_tokens,

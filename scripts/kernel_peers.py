@@ -97,6 +97,7 @@ def main() -> None:
     except (ImportError, OSError) as error:
         print(json.dumps({"peer": "flash_attn3_jax", "failed": f"cannot be imported: {error}"}), flush=True)
     prompts = [b for b in PREFILL_BENCHES if b.num_runs == 1 and not b.prefix_tokens and b.window is None]
+    prompts = [bench for bench in prompts if bench.kv_dtype == "bfloat16"]
     decodes = [bench for bench in DECODE_BENCHES if bench.name in DECODES]
     if arguments.tiny:
         prompts = [replace(bench, run_tokens=16, num_heads=2, num_kv_heads=1) for bench in prompts[:1]]

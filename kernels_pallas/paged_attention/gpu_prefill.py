@@ -15,8 +15,9 @@ it computes a softmax while the other consumer has its turn:
     P2 V2                 divide, copy out
 
 Both operands of every product are in shared memory: the interpreter runs that, and registers as an operand
-are where compilers went wrong. Scores, maxima, sums and outputs are float32, operands bf16. What a page holds
-behind its sequence is masked, and cleared where it would be multiplied. Knows nothing of requests or models.
+are where compilers went wrong. Scores, maxima, sums and outputs are float32, operands bf16, or float16 where
+the pool is fp8; the producer widens int8 and fp8 (gpu_prefill_widen.py). What a page holds behind its
+sequence is masked, and cleared where it would be multiplied. Knows nothing of requests or models.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from jaxserve.kernels_pallas.paged_attention.gpu_prefill_block import run_block
 from jaxserve.kernels_pallas.paged_attention.gpu_prefill_consumer import LOG2_E
 from jaxserve.kernels_pallas.paged_attention.gpu_prefill_shape import (
     NUM_CONSUMERS,
-    OUT_CHANNELS,
+    PIECE_CHANNELS,
     ROWS,
     Memory,
     PrefillShape,
 )
+from jaxserve.kernels_pallas.paged_attention.gpu_prefill_widen import PART_CHANNELS
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import (
     ALIGNMENT,
     TileList,
@@ -52,14 +54,17 @@ class PrefillTuning:
 
     block_tokens: int  # B: of K and V, in one product
     num_stages: int  # blocks in shared memory
+    num_places: int = 0  # pieces of an int8 or fp8 pool on their way there
     num_sms: int = mosaic.H200_NUM_SMS
 
 
-def choose_tuning(head_dim: int) -> PrefillTuning:
+def choose_tuning(head_dim: int, kv_dtype: str) -> PrefillTuning:
     """The largest blocks whose scores fit the registers, and stages that fit shared memory."""
+    is_narrow = kv_dtype != "bfloat16"
     if head_dim == 256:
-        return PrefillTuning(block_tokens=64, num_stages=2)
-    return PrefillTuning(block_tokens=128, num_stages=4 if head_dim == 64 else 2)
+        return PrefillTuning(block_tokens=64, num_stages=2, num_places=2 if is_narrow else 0)
+    num_stages = 4 if head_dim == 64 else 2
+    return PrefillTuning(block_tokens=128, num_stages=num_stages, num_places=4 if is_narrow else 0)
 
 
 def paged_prefill(
@@ -78,31 +83,32 @@ def paged_prefill(
     tuning: PrefillTuning | None = None,
     interpret: Any = None,
 ) -> jax.Array:
-    """`ref.paged_prefill` of a bf16 pool: [T, N, H] float32.
+    """`ref.paged_prefill` of a pool in bf16, int8 with its scales, or fp8 without: [T, N, H] float32.
 
-    Queries and the output are rounded to bf16 on the way. `interpret` takes `mosaic.simulate()`. Raises
-    ValueError where `find_prefill_limit` names a limit.
+    Queries, probabilities and the output are rounded to 16 bits on the way. `interpret` takes
+    `mosaic.simulate()`. Raises ValueError where `find_prefill_limit` names a limit.
     """
     shape = _read_shape(q_TNH, kv, scale, window, soft_cap, tuning, is_simulated=interpret is not None)
     num_tokens = len(q_TNH)
-    q_TNH = q_TNH.astype(jnp.bfloat16)
+    q_TNH = q_TNH.astype(shape.operand_dtype)
     # A TMA copy is no larger than its array, and takes rows eight at a time.
     padding = max(shape.tile_tokens - num_tokens, -num_tokens % ALIGNMENT)
     if padding:
         q_TNH = jnp.pad(q_TNH, ((0, padding), (0, 0), (0, 0)))
     tiles = list_tiles(token_C, len_C, kv_len_C, slot_C, num_tokens=num_tokens, tile_tokens=shape.tile_tokens)
-    sinks = () if sinks_N is None else (sinks_N.astype(jnp.float32) * LOG2_E,)
+    sinks_N = None if sinks_N is None else sinks_N.astype(jnp.float32) * LOG2_E
+    arguments = {"q_TNH": q_TNH, **kv._asdict(), "table_XW": table_XW, "sinks_N": sinks_N}
+    given = {name: value for name, value in arguments.items() if value is not None}
 
-    def body(q_TNH, k_PSKH, v_PSKH, table_XW, *refs, **scratch):
+    def body(*refs, **scratch):
         *refs, out_TNH = refs
-        tile_refs, sinks_refs = refs[: len(TileList._fields)], refs[len(TileList._fields) :]
-        sinks_N = sinks_refs[0] if sinks_refs else None
-        memory = Memory(q_TNH, k_PSKH, v_PSKH, table_XW, TileList(*tile_refs), sinks_N, out_TNH, **scratch)
-        run_block(memory, shape)
+        named = dict.fromkeys(arguments) | dict(zip(given, refs, strict=False))
+        tile_refs = refs[len(given) :]
+        run_block(Memory(**named, tiles=TileList(*tile_refs), out_TNH=out_TNH, **scratch), shape)
 
     run = mosaic.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(q_TNH.shape, jnp.bfloat16),
+        out_type=jax.ShapeDtypeStruct(q_TNH.shape, q_TNH.dtype),
         scratch_types=_list_scratch(shape),
         grid=(shape.num_sms,),
         grid_names=("sm",),
@@ -112,7 +118,7 @@ def paged_prefill(
         kernel_name="paged_prefill",
         interpret=interpret,
     )
-    out_TNH = run(q_TNH, kv.k_PSKH, kv.v_PSKH, table_XW, *tiles, *sinks)
+    out_TNH = run(*given.values(), *tiles)
     return out_TNH[:num_tokens].astype(jnp.float32)
 
 
@@ -128,20 +134,24 @@ def _read_shape(
 ) -> PrefillShape:
     _, num_heads, head_dim = q_TNH.shape
     page_size, num_kv_heads = kv.k_PSKH.shape[1:3]
-    limit = find_prefill_limit(head_dim, page_size, str(kv.k_PSKH.dtype))
+    kv_dtype = kv.k_PSKH.dtype.name
+    limit = find_prefill_limit(head_dim, page_size, kv_dtype)
     if limit:
         raise ValueError(f"No kernel attends to this pool: {limit}.")
-    tuning = choose_tuning(head_dim) if tuning is None else tuning
+    tuning = choose_tuning(head_dim, kv_dtype) if tuning is None else tuning
     return PrefillShape(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         page_size=page_size,
+        kv_dtype=kv_dtype,
+        num_k_scales=0 if kv.k_scale_PSKQ is None else kv.k_scale_PSKQ.shape[3],
         scale=scale,
         window=window,
         soft_cap=soft_cap,
         block_tokens=tuning.block_tokens,
         num_stages=tuning.num_stages,
+        num_places=tuning.num_places,
         num_sms=tuning.num_sms,
         is_simulated=is_simulated,
     )
@@ -150,28 +160,46 @@ def _read_shape(
 def _list_scratch(shape: PrefillShape) -> dict[str, Any]:
     """Shared memory and barriers of a block of threads."""
     pages_per_block = shape.block_tokens // shape.page_size
-    out_shape = (NUM_CONSUMERS, OUT_CHANNELS // shape.out_part_channels, ROWS, shape.out_part_channels)
+    num_copies = 1 if shape.is_narrow else pages_per_block  # that fill a block of K or V, or say so
+    out_shape = (NUM_CONSUMERS, shape.out_channels // shape.out_part_channels, ROWS, shape.out_part_channels)
     kv_shape = (shape.num_stages, shape.block_tokens, shape.head_dim)
 
-    def filled(num_copies):
+    def filled():
         return mosaic.Barrier(num_arrivals=num_copies, num_barriers=shape.num_stages)
 
     def emptied():
         return mosaic.Barrier(num_arrivals=NUM_CONSUMERS, num_barriers=shape.num_stages)
 
     return {
-        "q_smem": mosaic.swizzled_smem((NUM_CONSUMERS, ROWS, shape.head_dim), jnp.bfloat16),
-        "k_smem": mosaic.swizzled_smem(kv_shape, jnp.bfloat16),
-        "v_smem": mosaic.swizzled_smem(kv_shape, jnp.bfloat16),
-        "p_smem": mosaic.swizzled_smem((NUM_CONSUMERS, ROWS, shape.block_tokens), jnp.bfloat16),
+        "q_smem": mosaic.swizzled_smem((NUM_CONSUMERS, ROWS, shape.head_dim), shape.operand_dtype),
+        "k_smem": mosaic.swizzled_smem(kv_shape, shape.operand_dtype),
+        "v_smem": mosaic.swizzled_smem(kv_shape, shape.operand_dtype),
+        "p_smem": mosaic.swizzled_smem((NUM_CONSUMERS, ROWS, shape.block_tokens), shape.operand_dtype),
         # Not in tiles of 8 rows: rows leave in any number, from any row on.
-        "out_smem": mosaic.SMEM(out_shape, jnp.bfloat16),
+        "out_smem": mosaic.SMEM(out_shape, shape.operand_dtype),
         "q_filled": mosaic.Barrier(num_arrivals=NUM_CONSUMERS * shape.heads_per_consumer),
         "q_emptied": mosaic.Barrier(num_arrivals=NUM_CONSUMERS),
-        "k_filled": filled(pages_per_block),
+        "k_filled": filled(),
         "k_emptied": emptied(),
-        "v_filled": filled(pages_per_block),
+        "v_filled": filled(),
         "v_emptied": emptied(),
-        "v_uncleared": mosaic.Barrier(num_arrivals=pages_per_block),
         "turn": mosaic.Barrier(num_arrivals=1, num_barriers=NUM_CONSUMERS),
+        **_list_own_scratch(shape, num_copies),
     }
+
+
+def _list_own_scratch(shape: PrefillShape, num_copies: int) -> dict[str, Any]:
+    """What the way of K and V needs, which depends on the pool's type."""
+    if not shape.is_narrow:
+        return {"v_uncleared": mosaic.Barrier(num_arrivals=num_copies)}
+    places = shape.num_places
+    scratch = {
+        "narrow_smem": mosaic.swizzled_smem(
+            (places, ROWS, PIECE_CHANNELS), shape.kv_dtype, max_swizzle=PART_CHANNELS
+        ),
+        "narrow_filled": mosaic.Barrier(num_barriers=places),
+    }
+    if shape.num_k_scales:
+        scratch["scale_smem"] = mosaic.SMEM((places, ROWS, shape.piece_scales), jnp.float32)
+        scratch["scale_filled"] = mosaic.Barrier(num_barriers=places)
+    return scratch

@@ -2,7 +2,8 @@
 
 A producer warpgroup fills shared memory, two consumer warpgroups multiply (gpu_prefill_consumer.py). Every
 buffer has a barrier that says that it is filled, by the copies that fill it, and one that says that both
-consumers have done with it; the consumers say so once at the start, when all buffers are empty.
+consumers have done with it; the consumers say so once at the start, when all buffers are empty. The producer
+copies K and V of bf16 to where they are multiplied; gpu_prefill_widen.py does its part for narrower pools.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from jaxserve.kernels_pallas.paged_attention.gpu_prefill_shape import (
     PrefillShape,
     Tile,
 )
+from jaxserve.kernels_pallas.paged_attention.gpu_prefill_widen import widen_blocks
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import ALIGNMENT, TileList
 
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 56, 224  # a thread; 168 for each of three when a block starts
+# Of a thread, the producer's and a consumer's; 168 for each of three when a block starts.
+REGISTERS, WIDENING_REGISTERS = (56, 224), (72, 216)
 
 
 def run_block(memory: Memory, shape: PrefillShape) -> None:
@@ -33,10 +36,11 @@ def run_block(memory: Memory, shape: PrefillShape) -> None:
     depends on it, and it took registers that spilled elsewhere.
     """
     warpgroup = jax.lax.axis_index("warpgroup")
+    producer_registers, consumer_registers = WIDENING_REGISTERS if shape.is_narrow else REGISTERS
 
     @mosaic.when(warpgroup < NUM_CONSUMERS)
     def _consume():
-        mosaic.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        mosaic.set_max_registers(consumer_registers, action="increase")
         for stage in range(shape.num_stages):
             mosaic.barrier_arrive(memory.k_emptied.at[stage])
             mosaic.barrier_arrive(memory.v_emptied.at[stage])
@@ -49,7 +53,7 @@ def run_block(memory: Memory, shape: PrefillShape) -> None:
 
     @mosaic.when(warpgroup == NUM_CONSUMERS)
     def _produce():
-        mosaic.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        mosaic.set_max_registers(producer_registers, action="decrease")
         _for_each_tile(memory, shape, partial(_load_tile, memory, shape))
         if shape.is_simulated:
             for stage in range(shape.num_stages):
@@ -117,6 +121,12 @@ def _load_tile(memory: Memory, shape: PrefillShape, tile: Tile, step) -> None:
                 memory.q_smem.at[consumer, mosaic.ds(i * count, count)],
                 memory.q_filled,
             )
+    load_blocks = widen_blocks if shape.is_narrow else _copy_blocks
+    load_blocks(memory, shape, tile, step)
+
+
+def _copy_blocks(memory: Memory, shape: PrefillShape, tile: Tile, step) -> None:
+    """K and V of bf16, `step` blocks behind the first of all."""
     last_page = jax.lax.div(jnp.maximum(tile.kv_len - 1, 0), shape.page_size)
     pages_per_block = shape.block_tokens // shape.page_size
 

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxserve.kernels_pallas import mosaic
 from jaxserve.kernels_pallas.paged_attention.gpu_prefill_shape import (
     NUM_CONSUMERS,
-    OUT_CHANNELS,
     ROWS,
     Memory,
     PrefillShape,
@@ -93,7 +92,7 @@ def _find_own(work: Work, block):
     Where registers are scarce it seems to change from block to block, by a stage that is never negative:
     addresses that are known to stay the same would be computed once, and kept in registers throughout.
     """
-    if work.shape.head_dim <= 128:
+    if work.shape.head_dim <= 128 and not work.shape.is_narrow:
         return work.consumer
     return work.consumer + jnp.minimum(_find_stage(work, block), 0)
 
@@ -183,7 +182,7 @@ def _start_rows(work: Work) -> _Rows:
 
 
 def _exponentiate(work: Work, s_MB, rows: _Rows, block, is_masked: bool):
-    """The probabilities of a block's scores, not yet divided, bf16 [M, B], and the rows' new state."""
+    """The probabilities of a block's scores, not yet divided, as an operand, and the rows' new state."""
     shape = work.shape
     to_log2 = shape.scale * LOG2_E
     if shape.soft_cap is not None:
@@ -195,7 +194,7 @@ def _exponentiate(work: Work, s_MB, rows: _Rows, block, is_masked: bool):
     keep_M = jnp.exp2(rows.max_M - max_M)
     p_MB = jnp.exp2(s_MB * to_log2 - jax.lax.broadcast_in_dim(max_M, s_MB.shape, [0]))
     sum_M = rows.sum_M * keep_M + jnp.sum(p_MB, axis=1)
-    return p_MB.astype(jnp.bfloat16), _Rows(max_M, sum_M, keep_M)
+    return p_MB.astype(shape.operand_dtype), _Rows(max_M, sum_M, keep_M)
 
 
 def _mask_unseen(work: Work, s_MB, block):
@@ -220,20 +219,20 @@ def _mask_unseen(work: Work, s_MB, block):
 
 
 def _write_output(work: Work, acc, sum_M) -> None:
-    """Divide, and copy the rows of live tokens out, OUT_CHANNELS at a time."""
+    """Divide, and copy the rows of live tokens out, some channels at a time."""
     shape = work.shape
     factor = jax.lax.broadcast_in_dim(1.0 / sum_M, acc[0].shape, [0])
     width = shape.out_part_channels
     for piece, value in enumerate(acc):
-        out = (value * factor).astype(jnp.bfloat16)
-        for first in range(0, shape.piece_channels, OUT_CHANNELS):
+        out = (value * factor).astype(shape.operand_dtype)
+        for first in range(0, shape.piece_channels, shape.out_channels):
             mosaic.wait_smem_to_gmem(0, wait_read_only=True)
-            for part in range(OUT_CHANNELS // width):
+            for part in range(shape.out_channels // width):
                 begin = first + part * width
                 columns = jax.lax.slice(out, (0, begin), (ROWS, begin + width))
                 mosaic.store(work.memory.out_smem.at[work.consumer, part], columns)
             mosaic.commit_smem()
-            for part in range(OUT_CHANNELS // width):
+            for part in range(shape.out_channels // width):
                 begin = piece * shape.piece_channels + first + part * width
                 _copy_rows_out(work, part, begin)
 

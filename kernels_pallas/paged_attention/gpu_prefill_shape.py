@@ -11,13 +11,17 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
+from jaxserve.kernels_pallas.kv_layer import PAIRS_PER_SCALE
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import TileList
 
 ROWS = 64  # M: of one consumer's product
 NUM_CONSUMERS = 2
 MAX_HEADS_PER_TILE = 16
 OUT_CHANNELS = 64  # that leave at a time
+# Of an int8 or fp8 pool: channels that are widened at a time, and neighbours of K in int8 that share a scale.
+PIECE_CHANNELS, SCALED_CHANNELS = 64, PAIRS_PER_SCALE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +32,30 @@ class PrefillShape:
     num_kv_heads: int
     head_dim: int
     page_size: int
+    kv_dtype: str
+    num_k_scales: int  # 0 of a pool that has none
     scale: float
     window: int | None
     soft_cap: float | None
     block_tokens: int  # B: of K and V, in one product
     num_stages: int  # blocks of K and V in shared memory
+    num_places: int  # pieces of a narrow pool in shared memory, 0 of bf16
     num_sms: int
     is_simulated: bool
+
+    @property
+    def is_narrow(self) -> bool:
+        return self.kv_dtype != "bfloat16"
+
+    @property
+    def operand_dtype(self) -> Any:
+        """Of the products. fp8 has more range than int8 and less precision than either."""
+        return jnp.float16 if self.kv_dtype.startswith("float8") else jnp.bfloat16
+
+    @property
+    def piece_scales(self) -> int:
+        """Scales of a token's K in a piece of an int8 pool."""
+        return min(self.num_k_scales, PIECE_CHANNELS // SCALED_CHANNELS)
 
     @property
     def heads_per_tile(self) -> int:
@@ -60,9 +81,16 @@ class PrefillShape:
         return self.head_dim if self.head_dim <= 128 else 64
 
     @property
+    def out_channels(self) -> int:
+        """Channels of the output that leave at a time: a narrow pool's pieces need the memory."""
+        if not self.is_narrow:
+            return OUT_CHANNELS
+        return 32 if self.head_dim <= 128 else 16
+
+    @property
     def out_part_channels(self) -> int:
         """Channels of a row of `out_smem`: longer rows take registers for their swizzled addresses."""
-        return OUT_CHANNELS if self.head_dim <= 128 else 16
+        return self.out_channels if self.head_dim <= 128 else 16
 
     def place_consumer(self, consumer):
         """The first head and the first token, within its tile, of a consumer's rows."""
@@ -77,9 +105,11 @@ class Memory(NamedTuple):
     q_TNH: Any
     k_PSKH: Any
     v_PSKH: Any
+    k_scale_PSKQ: Any  # or None
+    v_scale_PSK: Any  # or None
     table_XW: Any
-    tiles: TileList
     sinks_N: Any  # or None
+    tiles: TileList
     out_TNH: Any
     q_smem: Any
     k_smem: Any
@@ -92,8 +122,12 @@ class Memory(NamedTuple):
     k_emptied: Any
     v_filled: Any
     v_emptied: Any
-    v_uncleared: Any  # a block of V whose dead rows the producer has to clear
     turn: Any  # of each consumer, to start products
+    v_uncleared: Any = None  # a block of V whose dead rows the producer has to clear
+    narrow_smem: Any = None  # pieces of an int8 or fp8 pool as they are there
+    narrow_filled: Any = None
+    scale_smem: Any = None  # of K's in an int8 pool, those that belong to the piece
+    scale_filled: Any = None
 
 
 class Tile(NamedTuple):

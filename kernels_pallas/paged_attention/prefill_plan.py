@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 ALIGNMENT = 8  # tokens
+KV_DTYPES = ("bfloat16", "int8", "float8_e4m3fn")
 
 
 class TileList(NamedTuple):
@@ -43,8 +44,8 @@ def find_prefill_limit(head_dim: int, page_size: int, kv_dtype: str) -> str:
     sizes = (64,) if head_dim == 256 else (64, 128)  # those that divide a block of keys
     if page_size not in sizes:
         return f"prefill wants pages of {' or '.join(map(str, sizes))} tokens, not {page_size}"
-    if kv_dtype != "bfloat16":
-        return f"prefill wants pools of bfloat16, not {kv_dtype}"
+    if kv_dtype not in KV_DTYPES:
+        return f"prefill wants pools of {', '.join(KV_DTYPES)}, not {kv_dtype}"
     return ""
 
 

@@ -7,6 +7,7 @@ pages that a sliding window has left behind.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +31,7 @@ class PrefillCase:
     runs: tuple[Run, ...]
     tail: int = 0  # tokens of no run at the end
     page_size: int = 64
+    dtype: str = "bfloat16"
     window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
@@ -64,6 +66,17 @@ PREFILL_CASES = [
         has_sinks=True,
     ),
 ]
+# Of K and V that a kernel has to widen, as it may treat them otherwise.
+PREFILL_CASES += [
+    case
+    for dtype in ("int8", "float8_e4m3fn")
+    for case in (
+        PrefillCase(f"{dtype}, group of 7", Heads(7, 1, 64), (Run(9, 193), Run(1, 40)), tail=3, dtype=dtype),
+        PrefillCase(f"{dtype}, window", Heads(8, 1, 128), (Run(5, 300), Run(3, 3)), window=70, dtype=dtype),
+        PrefillCase(f"{dtype}, pages of 128", Heads(2, 2, 128), (Run(2, 257),), page_size=128, dtype=dtype),
+        PrefillCase(f"{dtype}, wide heads", Heads(2, 1, 256), (Run(4, 129),), soft_cap=5.0, dtype=dtype),
+    )
+]
 
 
 @dataclass(frozen=True)
@@ -80,18 +93,22 @@ class PrefillInput:
     sinks_N: np.ndarray | None
 
 
-def make_input(case: PrefillCase, dtype: str = "bfloat16") -> PrefillInput:
+def make_input(case: PrefillCase) -> PrefillInput:
     heads, runs = case.heads, case.runs
     ends = np.cumsum([run.gap + run.length for run in runs])
     tokens = ends - [run.length for run in runs]
-    pool = make_pool(heads, [run.kv_len for run in runs], case.page_size, dtype)
+    pool = make_pool(heads, [run.kv_len for run in runs], case.page_size, case.dtype)
+    k: Any = pool.kv.k_PSKH
+    v: Any = pool.kv.v_PSKH
+    if pool.kv.k_scale_PSKQ is not None and pool.kv.v_scale_PSK is not None:  # int8 has no NaN
+        k, v = pool.kv.k_scale_PSKQ, pool.kv.v_scale_PSK
     for index, run in enumerate(runs):
         pages = pool.table_XW[pool.slots[index], : -(-run.kv_len // case.page_size)]
         if run.kv_len % case.page_size:
-            pool.kv.k_PSKH[pages[-1], run.kv_len % case.page_size :] = np.nan
+            k[pages[-1], run.kv_len % case.page_size :] = np.nan
         first_seen = 0 if case.window is None else max(run.kv_len - run.length + 1 - case.window, 0)
-        pool.kv.k_PSKH[pages[: first_seen // case.page_size]] = np.nan
-        pool.kv.v_PSKH[pages[: first_seen // case.page_size]] = np.nan
+        k[pages[: first_seen // case.page_size]] = np.nan
+        v[pages[: first_seen // case.page_size]] = np.nan
     rng = np.random.default_rng(1)
     shape = (int(ends[-1]) + case.tail, heads.num_heads, heads.head_dim)
     order = slice(None, None, -1 if case.is_reversed else 1)

@@ -54,6 +54,12 @@ def test_hopper_gets_kernels_of_its_own():
 
 
 @NEEDS_JAX_011
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8_e4m3fn"])
+def test_hopper_reads_a_narrow_pool_in_the_same_kernels(kv_dtype):
+    assert choose_kernels(replace(H200, kv_dtype=kv_dtype)) == choose_kernels(H200)
+
+
+@NEEDS_JAX_011
 def test_experts_get_a_kernel_or_the_reason():
     from jaxserve.kernels_pallas.grouped_matmul.gpu import grouped_matmul
 
@@ -106,7 +112,7 @@ def test_another_gpu_gets_xlas_form_and_the_reason():
     [
         ({"page_size": 16}, "paged_decode", "decode wants pages of 64 tokens, not 16"),
         ({"head_dim": 96}, "paged_decode", "decode wants heads of 64, 128, 256, not 96"),
-        ({"kv_dtype": "int8"}, "paged_prefill", "prefill wants pools of bfloat16, not int8"),
+        ({"page_size": 32}, "paged_prefill", "prefill wants pages of 64 or 128 tokens, not 32"),
         ({"head_dim": 96}, "rope_write", "the KV write wants heads of 64, 128, 256, not 96"),
         (
             {"kv_dtype": "float32"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.kernels_pallas.kv_layer import KVLayer
+from jaxserve.kernels_pallas.kv_layer import KVLayer, num_k_scales
 from jaxserve.kernels_pallas.paged_attention import ref
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import ALIGNMENT, list_tiles
 from tests.kernels.cases import Heads
@@ -56,10 +56,7 @@ def test_reference(case):
 @pytest.mark.parametrize("case", PREFILL_CASES, ids=CASE_IDS)
 def test_kernel_simulated(case, capfd):
     gpu_prefill, mosaic = import_gpu_form()
-    chosen = gpu_prefill.choose_tuning(case.heads.head_dim)
-    tuning = gpu_prefill.PrefillTuning(
-        block_tokens=chosen.block_tokens, num_stages=chosen.num_stages, num_sms=3
-    )
+    tuning = replace(gpu_prefill.choose_tuning(case.heads.head_dim, case.dtype), num_sms=3)
     run_form(partial(gpu_prefill.paged_prefill, tuning=tuning, interpret=mosaic.simulate()), case)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
@@ -97,6 +94,7 @@ class Gate:
 
     name: str
     heads: Heads
+    kv_dtype: str = "bfloat16"
     window: int | None = None
     soft_cap: float | None = None
     has_sinks: bool = False
@@ -107,8 +105,12 @@ GATES = [
     Gate("Qwen2.5 7B", Heads(28, 4, 128)),
     Gate("Qwen2.5 0.5B", Heads(14, 2, 64)),
     Gate("gpt-oss", Heads(64, 8, 64), window=128, has_sinks=True),
+    Gate("Qwen2.5 7B, int8", Heads(28, 4, 128), "int8"),
+    Gate("Qwen2.5 7B, fp8", Heads(28, 4, 128), "float8_e4m3fn"),
+    Gate("gpt-oss, int8", Heads(64, 8, 64), "int8", window=128, has_sinks=True),
     Gate("window and soft cap", Heads(16, 8, 128), window=4096, soft_cap=50.0),
     Gate("Gemma 2 9B", Heads(16, 8, 256), window=4096, soft_cap=50.0),
+    Gate("wide heads, int8", Heads(16, 8, 256), "int8"),
 ]
 
 
@@ -116,7 +118,11 @@ GATES = [
 def test_kernel_compiles_for_h200(gate):
     gpu_prefill, _ = import_gpu_form()
     num_tokens, heads = 2048, gate.heads
-    pool: Any = jax.ShapeDtypeStruct((512, 64, heads.num_kv_heads, heads.head_dim), jnp.bfloat16)
+    tokens = (512, 64, heads.num_kv_heads)
+    pool: Any = jax.ShapeDtypeStruct((*tokens, heads.head_dim), jnp.dtype(gate.kv_dtype))
+    k_scales: Any = jax.ShapeDtypeStruct((*tokens, num_k_scales(heads.head_dim)), jnp.float32)
+    v_scales: Any = jax.ShapeDtypeStruct(tokens, jnp.float32)
+    kv = KVLayer(pool, pool, k_scales, v_scales) if gate.kv_dtype == "int8" else KVLayer(pool, pool)
     q_TNH = jax.ShapeDtypeStruct((num_tokens, heads.num_heads, heads.head_dim), jnp.bfloat16)
     sinks_N = jax.ShapeDtypeStruct((heads.num_heads,), jnp.float32) if gate.has_sinks else None
     int32_C = jax.ShapeDtypeStruct((8,), jnp.int32)
@@ -127,7 +133,7 @@ def test_kernel_compiles_for_h200(gate):
         )
 
     table_XW = jax.ShapeDtypeStruct((16, 128), jnp.int32)
-    report = compile_for_h200(run, sinks_N, q_TNH, KVLayer(pool, pool), table_XW, *[int32_C] * 4)
+    report = compile_for_h200(run, sinks_N, q_TNH, kv, table_XW, *[int32_C] * 4)
     assert_fits(report.kernel("paged_prefill"), max_registers=168)
     out_bytes = 2 * num_tokens * heads.num_heads * heads.head_dim
     assert report.temp_bytes <= out_bytes + 64 * 1024  # the output in bf16, and the list of tiles

@@ -15,6 +15,7 @@ def test_a_causal_prompt_counts_half_of_its_square():
     bench = PREFILL_BENCHES[0]
     assert bench.num_flops == 4 * (8192 * 8193 // 2) * 32 * 128
     assert bench.moved_bytes == 2 * 2 * 8192 * (32 + 8) * 128
+    assert replace(bench, kv_dtype="int8").moved_bytes == 8192 * (2 * 2 * 32 * 128 + 8 * (2 * 128 + 4 * 9))
 
 
 def test_a_window_is_all_that_is_counted():
