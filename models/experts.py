@@ -3,8 +3,8 @@
 A token goes to some of the E experts, in a copy each. The copies are sorted by expert, and each expert's are
 filled up to whole tiles of rows, so that a tile is one MLP. Only tiles that are there are run: what nobody
 chose is neither read nor multiplied by. A kernel multiplies all tiles by the matrices of their experts at
-once (kernels_pallas/grouped_matmul). Where there is none, as of 4 bits, a loop runs one tile behind the
-other; on a GPU each of its turns waits for the host.
+once (kernels_pallas/grouped_matmul). Where there is none, a loop runs one tile behind the other; on a GPU
+each of its turns waits for the host.
 
     copies by expert    e0: a b c | e1: none | e2: d
     rows, in tiles of 2     a b | c - | d -
@@ -112,19 +112,28 @@ def _run_at_once(
     are the rows as `make_operand` gives them."""
 
     def multiply(rounded: tuple[jax.Array, jax.Array | None], w_FD: Matrix) -> jax.Array:
-        assert not isinstance(w_FD, GroupedMatrix), "no form of the product is chosen for 4 bits"
-        q_FD, scale_EF = w_FD, None
-        if isinstance(w_FD, QuantizedMatrix):
-            q_FD, scale_EF = w_FD.q_FD, w_FD.scale_F.reshape(num_experts, -1)
-        *_, num_rows, num_inputs = q_FD.shape
-        w_EFD = q_FD.reshape(-1, num_rows // num_experts, num_inputs)
         x_MD, scale_M1 = rounded
+        w_EFD, scale_EF = _split_by_expert(w_FD, num_experts)
         y_MF = form.multiply(x_MD, w_EFD, tiles.expert_I, tiles.num_tiles, scale_EF)
         return y_MF if scale_M1 is None else y_MF * scale_M1
 
     w_gate_up_FD, w_down_DF = matrices
     gate_MF, up_MF = jnp.split(multiply(rounded, w_gate_up_FD), 2, axis=1)
     return multiply(make_operand(jax.nn.silu(gate_MF) * up_MF, w_down_DF), w_down_DF)
+
+
+def _split_by_expert(w_FD: Matrix, num_experts: int) -> tuple[jax.Array | Int4Matrix, jax.Array | None]:
+    """The matrices of experts side by side, those of all layers if it is a stack; and their scales."""
+    if isinstance(w_FD, GroupedMatrix):
+        q_FC, scale_GF, zero_GF = w_FD.packed
+        num_groups, num_bytes = len(scale_GF), q_FC.shape[1]
+        scale_GEF, zero_GEF = (x_GF.reshape(num_groups, num_experts, -1) for x_GF in (scale_GF, zero_GF))
+        return Int4Matrix(q_FC.reshape(num_experts, -1, num_bytes), scale_GEF, zero_GEF), None
+    q_FD, scale_EF = w_FD, None
+    if isinstance(w_FD, QuantizedMatrix):
+        q_FD, scale_EF = w_FD.q_FD, w_FD.scale_F.reshape(num_experts, -1)
+    *_, num_rows, num_inputs = q_FD.shape
+    return q_FD.reshape(-1, num_rows // num_experts, num_inputs), scale_EF
 
 
 def _run_one_by_one(

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 LEAST_GPU_ROWS, MOST_GPU_ROWS = 8, 128
 LEAST_TPU_ROWS, MOST_TPU_ROWS = 16, 128  # a tile of bf16, and a side of the smallest matrix unit
-WEIGHTS = ("bfloat16", "int8", "fp8")
+TPU_WEIGHTS = ("bfloat16", "int8", "fp8")
+GPU_WEIGHTS = (*TPU_WEIGHTS, "int4")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,19 +21,23 @@ class ExpertShape:
 
 def find_gpu_limit(experts: ExpertShape) -> str:
     """Why the GPU's kernel cannot multiply by them; empty if it can."""
-    return _find_limit(experts, 64)
+    if experts.weights == "int4":  # inputs are packed in runs
+        return _find_limit(experts, GPU_WEIGHTS, 128, 128)
+    return _find_limit(experts, GPU_WEIGHTS, 64, 64)
 
 
 def find_tpu_limit(experts: ExpertShape) -> str:
     """Why the TPU's kernel cannot multiply by them; empty if it can."""
-    return _find_limit(experts, 128)
+    return _find_limit(experts, TPU_WEIGHTS, 128, 64)
 
 
-def _find_limit(experts: ExpertShape, width_unit: int) -> str:
-    if experts.weights not in WEIGHTS:
-        return f"the product by experts wants weights of bfloat16, int8 or fp8, not {experts.weights}"
-    if experts.width % width_unit or experts.expert_width % 64:
-        units = "64s" if width_unit == 64 else f"{width_unit}s and 64s"
+def _find_limit(experts: ExpertShape, weights: tuple[str, ...], width_unit: int, expert_unit: int) -> str:
+    if experts.weights not in weights:
+        *others, last = weights
+        wanted = f"{', '.join(others)} or {last}"
+        return f"the product by experts wants weights of {wanted}, not {experts.weights}"
+    if experts.width % width_unit or experts.expert_width % expert_unit:
+        units = f"{width_unit}s" if width_unit == expert_unit else f"{width_unit}s and {expert_unit}s"
         widths = f"{experts.width} and {experts.expert_width}"
         return f"the product by experts wants widths in {units}, not {widths}"
     return ""

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.kernels_pallas.int4_matmul.ref import Int4Matrix, dequantize
+
 
 @dataclass(frozen=True)
 class Case:
@@ -18,7 +20,8 @@ class Case:
     num_outputs: int
     num_inputs: int
     num_absent: int = 0  # tiles
-    weights: str = "bfloat16"  # or "int8", of int8 rows, or "float8_e4m3fn"
+    weights: str = "bfloat16"  # or "int8", of int8 rows, or "float8_e4m3fn", or "int4"
+    group_size: int = 0  # of 4 bits
     num_layers: int = 1  # whose matrices there are; the experts are those of the last, whose scales there are
 
 
@@ -34,6 +37,8 @@ CASES = [
     Case("int8, tiles for two consumers", (129, 0, 5), 128, 256, 5 * 64, weights="int8"),
     Case("fp8", (9, 0, 3), 8, 128, 7 * 128, num_absent=2, weights="float8_e4m3fn"),
     Case("fp8 of two layers, one consumer", (0, 9), 64, 192, 192, weights="float8_e4m3fn", num_layers=2),
+    Case("4 bits in groups of 64", (9, 0, 3), 8, 128, 3 * 128, weights="int4", group_size=64),
+    Case("4 bits in groups of 256, two consumers", (129,), 128, 128, 512, weights="int4", group_size=256),
     Case("fp8, two consumers of a tile", (129,), 128, 128, 5 * 64, weights="float8_e4m3fn"),
 ]
 
@@ -42,7 +47,7 @@ class Input(NamedTuple):
     """The arguments, and the result in float64; NaN where rows of absent tiles may be anything."""
 
     x_MD: jax.Array
-    w_EFD: jax.Array
+    w_EFD: jax.Array | Int4Matrix
     expert_I: jax.Array
     num_tiles: jax.Array
     scale_EF: jax.Array | None
@@ -64,17 +69,37 @@ def make_input(case: Case) -> Input:
 
     x_dtype = "int8" if case.weights == "int8" else "bfloat16"
     x_MD = draw((len(expert_I) * case.tile_rows, case.num_inputs), x_dtype)
-    w_EFD = draw((case.num_layers * num_experts, case.num_outputs, case.num_inputs), case.weights)
+    matrices = (case.num_layers * num_experts, case.num_outputs, case.num_inputs)
+    w_EFD = draw_groups(rng, matrices, case.group_size) if case.group_size else draw(matrices, case.weights)
     scale_EF = None
-    if case.weights != "bfloat16":
+    if case.weights in ("int8", "float8_e4m3fn"):
         scale_EF = jnp.asarray(rng.uniform(0.5, 2, (num_experts, case.num_outputs)), jnp.float32)
     want_MF = np.full((len(x_MD), case.num_outputs), np.nan)
     for index, expert in enumerate(expert_I[:num_tiles]):
         rows = slice(index * case.tile_rows, (index + 1) * case.tile_rows)
-        want_MF[rows] = np.asarray(x_MD[rows]).astype(np.float64) @ np.asarray(w_EFD[expert], np.float64).T
+        want_MF[rows] = np.asarray(x_MD[rows]).astype(np.float64) @ read_expert(w_EFD, expert).T
         if scale_EF is not None:
             want_MF[rows] *= np.asarray(scale_EF[expert % num_experts])
     return Input(x_MD, w_EFD, jnp.asarray(expert_I, jnp.int32), jnp.int32(num_tiles), scale_EF, want_MF)
+
+
+def draw_groups(rng: np.random.Generator, matrices: tuple[int, int, int], group_size: int) -> Int4Matrix:
+    num_experts, num_outputs, num_inputs = matrices
+    groups = (num_inputs // group_size, num_experts, num_outputs)
+    return Int4Matrix(
+        jnp.asarray(rng.integers(-128, 128, (num_experts, num_outputs, num_inputs // 2)), jnp.int8),
+        jnp.asarray(rng.uniform(0.5, 2, groups), jnp.float16),
+        jnp.asarray(rng.integers(0, 16, groups), jnp.int8),
+    )
+
+
+def read_expert(w_EFD: jax.Array | Int4Matrix, expert: int) -> np.ndarray:
+    """Its matrix, float64 [F, D]; of 4 bits, rounded to bf16."""
+    if not isinstance(w_EFD, Int4Matrix):
+        return np.asarray(w_EFD[expert], np.float64)
+    q_EFC, scale_GEF, zero_GEF = w_EFD
+    w_FD = dequantize(Int4Matrix(q_EFC[expert], scale_GEF[:, expert], zero_GEF[:, expert]))
+    return np.asarray(w_FD.astype(jnp.bfloat16), np.float64)
 
 
 def measure_error(got_MF: jax.Array, want_MF: np.ndarray) -> float:

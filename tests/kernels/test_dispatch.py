@@ -74,10 +74,12 @@ def test_experts_get_a_kernel_or_the_reason():
         == choose(weights="int8").grouped_matmul
         == choose().grouped_matmul
     )
-    assert choose_kernels(H200).grouped_matmul is choose(weights="int4").grouped_matmul is None
-    assert "; xla, as the product by experts wants weights of bfloat16, int8 or fp8, not int4" in (
-        choose(weights="int4").name
+    assert choose_kernels(H200).grouped_matmul is choose(weights="float32").grouped_matmul is None
+    assert "; xla, as the product by experts wants weights of bfloat16, int8, fp8 or int4, not float32" in (
+        choose(weights="float32").name
     )
+    assert choose(weights="int4").name == "mosaic"
+    assert "wants widths in 128s, not 2048 and 704" in choose(weights="int4", expert_width=704).name
     assert "wants widths in 64s, not 2048 and 96" in choose(expert_width=96).name
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.kernels_pallas.grouped_matmul import ref
+from jaxserve.kernels_pallas.int4_matmul.ref import Int4Matrix
 from tests.kernels.cases_grouped import CASES, make_input, measure_error
 from tests.kernels.h200 import assert_fits, compile_for_h200, require_h200_compiler
 from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu
@@ -63,14 +64,23 @@ def test_what_the_kernel_does_not_serve_is_refused(tile_rows, num_outputs, num_i
 
 
 def describe_arguments(tile_rows: int, num_outputs: int, num_inputs: int, weights: str) -> list[Any]:
-    """Of 128 experts, as those of Qwen3-30B-A3B."""
+    """Of 128 experts, as those of Qwen3-30B-A3B; of 4 bits in groups of 128."""
+    if weights == "int4":
+        groups = (num_inputs // 128, 128, num_outputs)
+        matrices: Any = Int4Matrix(
+            jax.ShapeDtypeStruct((128, num_outputs, num_inputs // 2), jnp.int8),
+            jax.ShapeDtypeStruct(groups, jnp.float16),
+            jax.ShapeDtypeStruct(groups, jnp.int8),
+        )
+    else:
+        matrices = jax.ShapeDtypeStruct((128, num_outputs, num_inputs), weights)
     shapes = [
         jax.ShapeDtypeStruct((160 * tile_rows, num_inputs), "int8" if weights == "int8" else "bfloat16"),
-        jax.ShapeDtypeStruct((128, num_outputs, num_inputs), weights),
+        matrices,
         jax.ShapeDtypeStruct((160,), jnp.int32),
         jax.ShapeDtypeStruct((), jnp.int32),
     ]
-    if weights != "bfloat16":
+    if weights in ("int8", "float8_e4m3fn"):
         shapes.append(jax.ShapeDtypeStruct((128, num_outputs), jnp.float32))
     return shapes
 
@@ -87,6 +97,9 @@ COMPILED = [
     ("float8_e4m3fn", 8, 1536, 2048, 80, 2),
     ("float8_e4m3fn", 32, 2048, 768, 96, 2),
     ("float8_e4m3fn", 128, 1536, 2048, 128, 1),
+    ("int4", 8, 1536, 2048, 96, 2),
+    ("int4", 32, 2048, 768, 96, 2),
+    ("int4", 128, 1536, 2048, 168, 1),
 ]
 
 
@@ -105,7 +118,10 @@ def test_kernel_compiles_for_h200(weights, tile_rows, num_outputs, num_inputs, m
 
 @pytest.mark.parametrize(
     ("case", "widens_int8"),
-    [*((case, False) for case in CASES), next((case, True) for case in CASES if case.weights == "int8")],
+    [
+        *((case, False) for case in CASES if case.weights != "int4"),
+        next((case, True) for case in CASES if case.weights == "int8"),
+    ],
     ids=lambda given: "widened" if given is True else getattr(given, "name", ""),
 )
 def test_tpu_kernel_simulated(case, widens_int8, capfd):

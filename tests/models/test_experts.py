@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxserve.kernels_pallas.grouped_matmul.ref import GroupedForm, grouped_matmul
+from jaxserve.kernels_pallas.int4_matmul.ref import int4_matmul
 from jaxserve.models.experts import choose_experts, choose_tile_rows, plan_tiles, run_experts, take_part
 from jaxserve.models.quant import GroupedMatrix, Int4Matrix, QuantizedMatrix
 from tests.models.test_quant import make_weight
@@ -71,6 +72,33 @@ def test_a_form_of_the_product_gives_the_same_sum(num_tokens, weights):
     run = jax.jit(run_experts, static_argnames=("num_experts", "form"))
     want = run(h_TD, *chosen, *flat, num_experts=NUM_EXPERTS)
     got = run(h_TD, *chosen, *flat, num_experts=NUM_EXPERTS, form=GroupedForm(multiply, 4, 8))
+    np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_a_form_of_the_product_takes_experts_of_four_bits():
+    rng = np.random.default_rng(0)
+    width, group_size = 128, 64
+
+    def draw_matrix(num_rows: int) -> GroupedMatrix:
+        groups = (width // group_size, NUM_EXPERTS * num_rows)
+        q_FC = rng.integers(-128, 128, (groups[1], width // 2))
+        packed = Int4Matrix(
+            jnp.asarray(q_FC, jnp.int8),
+            jnp.asarray(rng.uniform(0.5, 2, groups), jnp.float16),
+            jnp.asarray(rng.integers(0, 16, groups), jnp.int8),
+        )
+        return GroupedMatrix(packed, int4_matmul)
+
+    h_TD = jnp.asarray(rng.standard_normal((7, width), np.float32))
+    logits_TE = jnp.asarray(rng.standard_normal((7, NUM_EXPERTS), np.float32))
+    chosen, matrices = (
+        choose_experts(logits_TE, NUM_CHOSEN, True),
+        [draw_matrix(2 * width), draw_matrix(width)],
+    )
+    run = jax.jit(run_experts, static_argnames=("num_experts", "form"))
+    want = run(h_TD, *chosen, *matrices, num_experts=NUM_EXPERTS)
+    form = GroupedForm(grouped_matmul, 4, 8)
+    got = run(h_TD, *chosen, *matrices, num_experts=NUM_EXPERTS, form=form)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
 
 
