@@ -26,7 +26,7 @@ from jaxserve.kernels_pallas.paged_attention.gpu_prefill_widen import widen_bloc
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import ALIGNMENT, TileList
 
 # Of a thread, the producer's and a consumer's; 168 for each of three when a block starts.
-REGISTERS, WIDENING_REGISTERS = (56, 224), (72, 216)
+REGISTERS, SCALING_REGISTERS = (56, 224), (88, 208)  # of a pool with scales, the latter
 
 
 def run_block(memory: Memory, shape: PrefillShape) -> None:
@@ -36,7 +36,7 @@ def run_block(memory: Memory, shape: PrefillShape) -> None:
     depends on it, and it took registers that spilled elsewhere.
     """
     warpgroup = jax.lax.axis_index("warpgroup")
-    producer_registers, consumer_registers = WIDENING_REGISTERS if shape.is_narrow else REGISTERS
+    producer_registers, consumer_registers = SCALING_REGISTERS if shape.num_k_scales else REGISTERS
 
     @mosaic.when(warpgroup < NUM_CONSUMERS)
     def _consume():

@@ -111,6 +111,7 @@ GATES = [
     Gate("window and soft cap", Heads(16, 8, 128), window=4096, soft_cap=50.0),
     Gate("Gemma 2 9B", Heads(16, 8, 256), window=4096, soft_cap=50.0),
     Gate("wide heads, int8", Heads(16, 8, 256), "int8"),
+    Gate("wide heads, fp8", Heads(16, 8, 256), "float8_e4m3fn"),
 ]
 
 

@@ -67,11 +67,10 @@ def describe_arguments(tile_rows: int, num_outputs: int, num_inputs: int, weight
     """Of 128 experts, as those of Qwen3-30B-A3B; of 4 bits in groups of 128."""
     if weights == "int4":
         groups = (num_inputs // 128, 128, num_outputs)
-        matrices: Any = Int4Matrix(
-            jax.ShapeDtypeStruct((128, num_outputs, num_inputs // 2), jnp.int8),
-            jax.ShapeDtypeStruct(groups, jnp.float16),
-            jax.ShapeDtypeStruct(groups, jnp.int8),
-        )
+        packed: Any = jax.ShapeDtypeStruct((128, num_outputs, num_inputs // 2), jnp.int8)
+        scale: Any = jax.ShapeDtypeStruct(groups, jnp.float16)
+        zero: Any = jax.ShapeDtypeStruct(groups, jnp.int8)
+        matrices: Any = Int4Matrix(packed, scale, zero)
     else:
         matrices = jax.ShapeDtypeStruct((128, num_outputs, num_inputs), weights)
     shapes = [
