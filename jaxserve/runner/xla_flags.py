@@ -17,7 +17,8 @@ Options = dict[str, str | int | bool]
 # What jax 0.11.2 captures by itself. A list given as an option replaces it.
 CAPTURED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION"
 NOT_MEASURED = "not measured yet"
-# What libtpu 0.0.52 says of its programs for a chip that is not there (scripts/compile_slices.py).
+# What libtpu 0.0.52 says of its programs for a chip that is not there (scripts/compile_slices.py). An option
+# that a libtpu does not know is an error; 0.0.42, of jax 0.10.2, and 0.0.50, of jax 0.12.0, know these.
 COMPILED = "compiled for v5e, v5p, v6e and tpu7x with jax 0.12.0.1, run on none: "
 
 
