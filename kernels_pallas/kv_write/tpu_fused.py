@@ -3,7 +3,7 @@
 XLA makes six small operations of it, each of a microsecond by its own reckoning: heads cut apart, rotated,
 packed into words, queries ordered and padded. Here a block of tokens has its heads rotated in registers,
 words of K and V leave VMEM for their places (move_rows of tpu.py), and queries leave in the order in which
-the attention kernels want them. The same numbers as of tpu.py and tpu_queries.py, to the bit.
+the attention kernels want them. The numbers are those that tpu.py and tpu_queries.py would give.
 
 Letters: F channels of all heads, q before k before v, I = H / 2, J rows of a token in the pool, L = 128
 lanes; U, A and M of tpu_queries.py, and Z = T * U * A * M rows of queries.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxserve.kernels_pallas.kv_pages import LANES, KVPages
+from jaxserve.kernels_pallas.kv_pages import LANES, KVPages, PagesLayout
 from jaxserve.kernels_pallas.kv_write.move_rows import move_rows
 from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries, count_unit_rows
 
@@ -132,7 +132,7 @@ def _lanes(x_TL: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, x_TL.shape, 1)
 
 
-def _order_queries(heads: _Heads, q_ZL: Any, num_heads: int, unit_rows: int, layout: Any) -> None:
+def _order_queries(heads: _Heads, q_ZL: Any, num_heads: int, unit_rows: int, layout: PagesLayout) -> None:
     """Each head into its row of every token, and zeros into those that are nobody's."""
     token_rows = layout.num_chunks * unit_rows
     num_tokens = q_ZL.shape[0] // token_rows
@@ -149,7 +149,7 @@ def _order_queries(heads: _Heads, q_ZL: Any, num_heads: int, unit_rows: int, lay
         q_ZL[pl.ds(row, num_tokens, stride=token_rows), :] = jnp.zeros((num_tokens, LANES), jnp.float32)
 
 
-def _pack_words(heads: _Heads, words_TJL: Any, num_heads: int, layout: Any) -> None:
+def _pack_words(heads: _Heads, words_TJL: Any, num_heads: int, layout: PagesLayout) -> None:
     """K into the low halves of words and V into the high ones, chunk by chunk, as `pack_tokens` does."""
     chunks: dict[int, tuple[jax.Array, jax.Array]] = {}
     for kv_head in range(layout.num_kv_heads):
