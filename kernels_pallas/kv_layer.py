@@ -7,7 +7,7 @@ trash page for padding.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,3 +49,8 @@ def make_layer(num_pages: int, page_size: int, num_kv_heads: int, head_dim: int,
         return KVLayer(k_PSKH, v_PSKH)
     k_scale_PSKQ = jnp.zeros((*shape_PSK, num_k_scales(head_dim)), jnp.float32)
     return KVLayer(k_PSKH, v_PSKH, k_scale_PSKQ, jnp.zeros(shape_PSK, jnp.float32))
+
+
+def choose_operand_dtype(kv_dtype: str) -> Any:
+    """What a GPU multiplies K and V in: bf16, but for fp8 float16, which holds it exactly."""
+    return jnp.float16 if kv_dtype.startswith("float8") else jnp.bfloat16

@@ -96,14 +96,13 @@ def run_layers(
         return x_TD, new_kv
     num_layers, num_pages = jax.tree.leaves(kv)[0].shape[:2]
 
-    def run_next(carry: tuple[tuple[jax.Array, KVLayer], jax.Array, jax.Array], layer: Any) -> Any:
-        x_and_kv, index, first_page = carry
-        x_and_kv = run_layer(layer, *x_and_kv, batch._replace(layer=index, first_page=first_page))
-        return (x_and_kv, index + 1, first_page + num_pages), None
+    def run_next(carry: tuple[jax.Array, KVLayer, jax.Array], layer: Any) -> Any:
+        x_TD, layer_kv, index = carry
+        batch_here = batch._replace(layer=index, first_page=index * num_pages)
+        return (*run_layer(layer, x_TD, layer_kv, batch_here), index + 1), None
 
     flat_kv = jax.tree.map(lambda pool: pool.reshape(num_layers * num_pages, *pool.shape[2:]), kv)
-    first = jnp.int32(0)
-    ((x_TD, flat_kv), *_), _ = jax.lax.scan(run_next, ((x_TD, flat_kv), first, first), layers)
+    (x_TD, flat_kv, _), _ = jax.lax.scan(run_next, (x_TD, flat_kv, jnp.int32(0)), layers)
     return x_TD, jax.tree.map(lambda pool: pool.reshape(num_layers, num_pages, *pool.shape[1:]), flat_kv)
 
 

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.kernels_pallas import mosaic
+from jaxserve.kernels_pallas.kv_layer import choose_operand_dtype
 from jaxserve.kernels_pallas.paged_attention.decode_plan import (
     FIRST_PAGE,
     LIVE,
@@ -74,8 +75,7 @@ class DecodeShape:
 
     @property
     def operand_dtype(self) -> Any:
-        """Of the products. fp8 has more range than int8 and less precision than either."""
-        return jnp.float16 if self.kv_dtype.startswith("float8") else jnp.bfloat16
+        return choose_operand_dtype(self.kv_dtype)
 
 
 class Operands(NamedTuple):

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from jaxserve.kernels_pallas.kv_layer import PAIRS_PER_SCALE
+from jaxserve.kernels_pallas.kv_layer import PAIRS_PER_SCALE, choose_operand_dtype
 from jaxserve.kernels_pallas.paged_attention.prefill_plan import TileList
 
 ROWS = 64  # M: of one consumer's product
@@ -49,8 +48,7 @@ class PrefillShape:
 
     @property
     def operand_dtype(self) -> Any:
-        """Of the products. fp8 has more range than int8 and less precision than either."""
-        return jnp.float16 if self.kv_dtype.startswith("float8") else jnp.bfloat16
+        return choose_operand_dtype(self.kv_dtype)
 
     @property
     def piece_scales(self) -> int:

@@ -13,7 +13,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxserve.kernels_pallas.kv_pages import LANES, SUBLANES, PagesLayout
+from jaxserve.kernels_pallas.kv_pages import LANES, PagesLayout
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import pad_sublanes
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["q_TUAML"], meta_fields=["num_heads"])
@@ -28,7 +29,7 @@ class UnitQueries:
 def count_unit_rows(num_heads: int, layout: PagesLayout) -> int:
     """M, of a token."""
     heads = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
-    return -(-heads // SUBLANES) * SUBLANES
+    return pad_sublanes(heads)
 
 
 def order_queries(q: jax.Array | UnitQueries, layout: PagesLayout) -> UnitQueries:
