@@ -182,6 +182,7 @@ def fit_sketch(sketch: ModelSketch) -> Blueprint:
         max_mixed_tokens=sizes.mixed_chunk_tokens,
         min_rows=sizes.min_rows,
         mixes=sizes.mixes,
+        window=min(sketch.config.num_continuous_decode_steps, sizes.page_size),  # two pages at most
     )
     return Blueprint(sketch=sketch, sizes=sizes, pool=pool, ladder=ladder)
 

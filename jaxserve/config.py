@@ -218,11 +218,10 @@ class ServerConfig:
         choices=("none", "ngram"),
     )
     speculative_num_draft_tokens: int = _flag(
-        "Memory and batching",
-        "tokens guessed for one sequence in a step, at most",
-        default=15,
-        low=1,
-        high=63,
+        "Memory and batching", "tokens guessed for a sequence in a step, at most", default=15, low=1, high=63
+    )
+    num_continuous_decode_steps: int = _flag(
+        "Memory and batching", "decode steps a launch, while nobody could enter", default=1, low=1, high=64
     )
     random_seed: int | None = _flag(
         "Memory and batching", "seed of requests that bring none [fresh]", default=None, low=0, high=2**32 - 1

@@ -55,7 +55,7 @@ IGNORED_FLAGS: dict[str, IgnoredFlag] = {
     **_flags(
         "steps always overlap with scheduling",
         switches="disable_overlap_schedule",
-        values="num_continuous_decode_steps scheduler_recv_interval",
+        values="scheduler_recv_interval",
     ),
     **_flags("prefill chunks and decode rows always share a step", switches="enable_mixed_chunk"),
     **_flags(

@@ -70,7 +70,7 @@ class Meter:
         now_s = time.perf_counter()
         self.step_busy_s += now_s - self._busy_since_s
         if not plan.chunks and not plan.copies and plan.encode is None:
-            self.costs.add_step(len(plan.decode), now_s - self._busy_since_s)
+            self.costs.add_step(len(plan.decode), (now_s - self._busy_since_s) / plan.window)
         self._busy_since_s = self._last_done_s = now_s
         self._window_tokens += sum(
             len(found.token_ids) for delta in deltas for found in (delta, *delta.beams)

@@ -26,7 +26,8 @@ from jaxserve.errors import JaxserveError, UnavailableError
 from jaxserve.runner.memory import LostWeightsError, MemoryUse
 from jaxserve.scheduler import pause as pausing
 from jaxserve.scheduler import schedule as scheduler
-from jaxserve.scheduler.state import SchedulerState, check_integrity, has_work, num_running, num_waiting
+from jaxserve.scheduler.integrity import check_integrity
+from jaxserve.scheduler.state import SchedulerState, has_work, num_running, num_waiting
 from jaxserve.types import KV_CACHE, WEIGHTS, TokenDelta
 
 

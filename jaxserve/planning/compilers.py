@@ -69,7 +69,7 @@ def find_missing_compiler(where: Slice) -> str:
 def choose_programs(blueprint: Blueprint) -> list[Shape]:
     """The decode programs of fewest and of most rows, and the longest chunk: speed, and the most memory."""
     shapes = blueprint.ladder.shapes
-    decode = [shape for shape in shapes if not shape.num_tokens]
+    decode = [shape for shape in shapes if not shape.num_tokens and shape.window == 1]
     prefill = [shape for shape in shapes if not shape.num_rows]
     return list(dict.fromkeys([min(decode), max(decode), max(prefill)]))
 

@@ -17,6 +17,10 @@ and where the model takes images:
     deltas   [1, R]  what rotary positions of decode rows are moved by
     features [4, T]  time, row and column for rotary embedding, and the token's row of features or NO_ROW
 
+and, last, where the program runs a window of several steps:
+
+    window   [2, R]  steps that the row takes part in, and the page behind that of its write index
+
 Decode rows need no table: the device keeps every slot's table and learns at most one page a row here.
 """
 
@@ -51,6 +55,7 @@ def packed_shapes(shape: Shape, table_width: int, takes_images: bool) -> tuple[t
         (3, shape.num_tokens),
         (shape.num_sampled, len(SAMPLING_FIELDS)),
         *(((1, shape.num_rows), (4, shape.num_tokens)) if takes_images else ()),
+        *(((2, shape.num_rows),) if shape.window > 1 else ()),
     )
 
 
@@ -114,6 +119,8 @@ def pack_step(
         decode_FR[:, : len(decode)] = fields
         decode_FR[2, : len(decode)] = fields[2] * page_size + fields[1] % page_size
         slot_B[: len(decode)] = fields[0]
+        if shape.window > 1:
+            parts[-1][:, : len(decode)] = np.array([(row.num_steps, row.next_page_id) for row in decode]).T
     first = num_places = 0
     for c, chunk in enumerate(chunks):
         length = len(chunk.token_ids)
@@ -174,17 +181,20 @@ def unpack_step(
     last_token_X: jax.Array,
     table_XW: jax.Array,
     feature_MD: jax.Array | None = None,
+    step: jax.Array | int = 0,
 ) -> Unpacked:
     """The packed array and the device's own memory as a StepBatch; traced in the step program.
 
     `batch.table_XW` is the table with this step's changes and becomes the new state. `feature_MD` is there if
-    the model takes images.
+    the model takes images. `step` counts those of a window.
     """
     parts = _split(packed, shape, table_XW.shape[1], feature_MD is not None)
     decode_FR, chunk_FC, table_CW, token_FT, place_FQ, params_BF = parts[:6]
+    trash_slot = last_token_X.shape[0] - 1
+    if shape.window > 1:
+        decode_FR = _move_rows(decode_FR, parts[-1], step, page_size, trash_slot)
     slot_R, position_R, write_R, token_R = decode_FR
     slot_C, token_C, len_C, start_C, samples_C = chunk_FC
-    trash_slot = last_token_X.shape[0] - 1
     table_XW = table_XW.at[slot_C].set(table_CW)
     table_XW = table_XW.at[slot_R, position_R // page_size].set(write_R // page_size)
     kv_len_R = jnp.where(slot_R == trash_slot, 0, position_R + 1)
@@ -220,6 +230,27 @@ def unpack_step(
     if feature_MD is not None:
         batch = _add_images(batch, parts[6], parts[7], feature_MD)
     return Unpacked(batch, rows, slot_B, places)
+
+
+def _move_rows(
+    decode_FR: jax.Array, window_FR: jax.Array, step: jax.Array | int, page_size: int, trash_slot: int
+) -> jax.Array:
+    """The decode rows of a step of a window: as many positions on, or padding once their steps are over."""
+    slot_R, first_R, write_R, token_R = decode_FR
+    num_steps_R, next_page_R = window_FR
+    position_R = first_R + step
+    is_first_page_R = position_R // page_size == first_R // page_size
+    page_R = jnp.where(is_first_page_R, write_R // page_size, next_page_R)
+    moved_FR = jnp.stack(
+        [
+            slot_R,
+            position_R,
+            page_R * page_size + position_R % page_size,
+            jnp.where(step == 0, token_R, NO_TOKEN),
+        ]
+    )
+    padding_F = jnp.array([trash_slot, 0, 0, NO_TOKEN], jnp.int32)
+    return jnp.where(step < num_steps_R, moved_FR, padding_F[:, None])
 
 
 def _add_images(

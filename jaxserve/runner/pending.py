@@ -37,6 +37,7 @@ class Launch:
     num_decode: int
     num_chunks: int
     wanted: tuple[ScoreParams | None, ...]  # by result; () if nobody wants the sampled tokens' scores
+    num_steps: tuple[int, ...]  # of a window, by row; () for a single step
     scored_chunks: tuple[ScoredChunk, ...]
 
 
@@ -48,7 +49,7 @@ def note_launch(
     scores_X: Sequence[ScoreParams | None],
 ) -> Launch:
     """Begin to download what the launch gives and somebody wants; `scores_X` is what each slot wants."""
-    wanted = [_of_output(scores_X[row.slot]) for row in decode]
+    wanted = [_of_output(scores_X[row.slot]) for row in decode for _ in range(row.num_steps)]
     wanted += [_of_output(scores_X[chunk.slot]) if chunk.samples else None for chunk in chunks]
     scored_chunks = []
     for index, chunk in enumerate(chunks):
@@ -63,7 +64,13 @@ def note_launch(
     if scored_chunks and arrays.score_QZ is not None:
         arrays.score_QZ.copy_to_host_async()
     return Launch(
-        arrays, shape, len(decode), len(chunks), tuple(wanted) if is_any_wanted else (), tuple(scored_chunks)
+        arrays,
+        shape,
+        num_decode=len(decode),
+        num_chunks=len(chunks),
+        wanted=tuple(wanted) if is_any_wanted else (),
+        num_steps=tuple(row.num_steps for row in decode) if shape.window > 1 else (),
+        scored_chunks=tuple(scored_chunks),
     )
 
 
@@ -98,7 +105,7 @@ class PendingStep:
 
     def _read_sampled(self, launch: Launch) -> list[TokenScores | None]:
         if not launch.wanted:
-            return [None] * (launch.num_decode + launch.num_chunks)
+            return [None] * (sum(launch.num_steps) or launch.num_decode + launch.num_chunks)
         rows = _take_rows(launch, list(np.asarray(launch.arrays.score_BZ)))
         return [
             None if wanted is None else read_scores(row[None], wanted, self.vocab_size)[0]
@@ -117,6 +124,9 @@ class PendingStep:
 
 
 def _take_rows(launch: Launch, rows: list) -> list:
-    """Of all padded rows of a launch, those of its decode rows and chunks."""
+    """Of all padded rows of a launch, or of each step of a window, those of its decode rows and chunks."""
+    if launch.num_steps:
+        by_row = enumerate(launch.num_steps)
+        return [rows[step][row] for row, num_steps in by_row for step in range(num_steps)]
     first_chunk = launch.shape.num_rows
     return rows[: launch.num_decode] + rows[first_chunk : first_chunk + launch.num_chunks]

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.runner.background import Background
-from jaxserve.runner.batch import packed_size, unpack_step
+from jaxserve.runner.batch import Unpacked, packed_size, unpack_step
 from jaxserve.runner.buckets import Ladder, Shape
 from jaxserve.runner.device_state import (
     DeviceState,
@@ -72,7 +72,8 @@ ONE_HOST = OneHost()
 
 
 class StepArrays(NamedTuple):
-    """What a step gives: tokens (NO_TOKEN where the logits are not numbers) and scores (runner/scores.py)."""
+    """What a step gives: tokens (NO_TOKEN where the logits are not numbers) and scores (runner/scores.py).
+    Of a window of steps the first two have an axis of them in front."""
 
     token_B: jax.Array
     score_BZ: jax.Array  # zeros if no row wants scores
@@ -88,14 +89,24 @@ def run_step(
     packed: jax.Array,
     feature_MD: jax.Array | None = None,
 ) -> tuple[DeviceState, StepArrays]:
-    """The whole step, as one program: unpack, model, sample, score, remember.
+    """The whole step, as one program: unpack, model, sample, score, remember. A window of them is a loop.
 
     Donates `state`. `graphdef`, `shape` and `page_size` are constants of the program. A model that takes
     images is given their features. Where devices share the model, this is the step of one of them; what it
     gives beside the state is the same on all.
     """
-    step = unpack_step(packed, shape, page_size, state.last_token_X, state.table_XW, feature_MD)
     model = nnx.merge(graphdef, params)
+
+    def run_next(state: DeviceState, index: jax.Array | int) -> tuple[DeviceState, StepArrays]:
+        step = unpack_step(packed, shape, page_size, state.last_token_X, state.table_XW, feature_MD, index)
+        return _run_unpacked(model, step, state)
+
+    if shape.window == 1:
+        return run_next(state, 0)
+    return jax.lax.scan(run_next, state, jnp.arange(shape.window, dtype=jnp.int32))
+
+
+def _run_unpacked(model: Any, step: Unpacked, state: DeviceState) -> tuple[DeviceState, StepArrays]:
     x_TD, kv = model(step.batch, state.kv)
     shards, vocab_size = model.kernels.shards, model.cfg.vocab_size
 

@@ -128,7 +128,8 @@ class ModelRunner:
         token_buckets = sorted(
             {shape.num_tokens for shape in ready if shape.num_tokens and not shape.num_rows}
         )
-        row_buckets = sorted(shape.num_rows for shape in ready if not shape.num_tokens)
+        row_buckets = sorted(shape.num_rows for shape in ready if not shape.num_tokens and shape.window == 1)
+        window_rows = sorted(shape.num_rows for shape in ready if shape.window > 1)
         max_mixed_tokens = min(token_buckets[-1], self.programs.ladder.max_mixed_tokens)
         encoder = self._encoder
         return StepLimits(
@@ -141,6 +142,8 @@ class ModelRunner:
             is_final=is_final,
             can_fork=self.programs.write_forks is not None,
             row_buckets=tuple(row_buckets),
+            window=self.programs.ladder.window,
+            window_rows=tuple(window_rows),
             max_image_patches=0 if encoder is None else encoder.max_patches,
             num_image_stages=1 if encoder is None else encoder.sizes.num_stages,
             stages_a_step=() if encoder is None else encoder.count_stages(max_mixed_tokens),
@@ -148,7 +151,8 @@ class ModelRunner:
 
     def choose(self, plan: StepPlan) -> StepPrograms:
         """The programs for a plan that fits `limits()`."""
-        shapes = split_step(len(plan.decode), plan.num_chunk_tokens, list(self.programs.ready))
+        ready = list(self.programs.ready)
+        shapes = split_step(len(plan.decode), plan.num_chunk_tokens, ready, plan.window)
         assert shapes is not None, f"no program is ready for {plan}"
         if plan.encode is None:
             return StepPrograms(tuple(shapes))
@@ -212,9 +216,10 @@ class ModelRunner:
             self._encoder.rehearse(self._weights.tree, program.num_patches)
             return
         (shape,) = program.shapes
-        position = min(REHEARSED_TOKENS, self._pool.table_width * self._pool.page_size) - 1
+        position = min(REHEARSED_TOKENS, self._pool.table_width * self._pool.page_size) - shape.window
         pages = [0] * self._pool.table_width
-        decode = [DecodeRow(0, 0, 0, position, 0, token_id=0)] if shape.num_rows else []
+        row = DecodeRow(0, 0, 0, position, 0, token_id=0, num_steps=shape.window)
+        decode = [row] if shape.num_rows else []
         chunks = [PrefillChunk(0, 0, 0, position, [0], pages, samples=False)] if shape.num_tokens else []
         jax.block_until_ready(self._launch(shape, self._pack(shape, decode, chunks)))
 

@@ -14,6 +14,9 @@ others guesses of those after it (speculate.py). A row sees what those before it
 Every decode row, and every chunk with `samples`, yields one sampled token. Results come back in the same
 order: all decode rows, then all chunks (chunks that do not sample yield a value to ignore). A row whose
 logits are not numbers yields NO_TOKEN.
+
+A window (window.py) is several steps of the same decode rows in one launch, and of nothing else: each row
+runs `num_steps` times, at consecutive positions, and yields as many tokens, behind each other.
 """
 
 from __future__ import annotations
@@ -46,6 +49,8 @@ class DecodeRow(msgspec.Struct, frozen=True):
     position: int  # of the token fed in this step; the row attends to position + 1 tokens
     page_id: int  # of the page that holds `position`
     token_id: int = NO_TOKEN  # what to feed; NO_TOKEN: what the slot's only row of the last step sampled
+    num_steps: int = 1  # of a window, in which the row takes part
+    next_page_id: int = 0  # of the page behind page_id, if a window reaches it
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,7 @@ class StepPlan:
     copies: tuple[PageCopy, ...] = ()
     num_waiting: int = 0  # requests that found no place in it
     encode: ImageEncode | None = None
+    window: int = 1  # steps of one launch
 
     @property
     def num_chunk_tokens(self) -> int:
@@ -135,6 +141,8 @@ class StepLimits:
     row_buckets: tuple[int, ...] = ()
     row_costs: tuple[float, ...] = ()
     wait_cost: float = 0.0
+    window: int = 1  # steps of one launch, at most; no more than a page has tokens
+    window_rows: tuple[int, ...] = ()  # those of row_buckets whose programs run a window
     max_image_patches: int = 0  # of an image that the vision programs can encode
     # Stages of the vision encoder, and by its programs' patches, ascending, how many of them take about as
     # long as max_mixed_tokens of a prompt.

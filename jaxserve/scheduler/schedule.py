@@ -39,11 +39,10 @@ from jaxserve.scheduler import beams
 from jaxserve.scheduler.admit import plan_prefill
 from jaxserve.scheduler.images import begin_images, check_images
 from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, StepLimits, StepPlan, StepResult
-from jaxserve.scheduler.speculate import add_drafts, choose_drafts, is_verifying, settle_draft
-from jaxserve.scheduler.state import SchedulerState, Seq, SeqStatus, has_work, make_delta
+from jaxserve.scheduler.speculate import add_drafts, choose_drafts, is_verifying, settle_draft, verify_row
+from jaxserve.scheduler.state import Sampled, SchedulerState, Seq, SeqStatus, find_end, has_work, make_delta
+from jaxserve.scheduler.window import choose_window, read_window
 from jaxserve.types import FinishReason, TokenDelta, TokenParams, TokenScores
-
-Sampled = tuple[int, TokenScores | None]  # what one row gave
 
 
 def add(
@@ -110,8 +109,13 @@ def schedule(state: SchedulerState, limits: StepLimits) -> StepPlan:
     drafts = None if is_verifying(state) else choose_drafts(state, limits)
     if drafts is None or any(draft.seq.num_in_flight for draft in drafts):
         return StepPlan(step=state.num_steps, inits=(), decode=(), chunks=())
+    window = 1 if drafts else choose_window(state, limits)
     _secure_oldest(state)
-    rows, searches = _plan_decode_rows(state)
+    rows, searches = _plan_decode_rows(state, window)
+    if window > 1:  # nobody is there who could be in a prefill, or enter one
+        state.num_steps += 1
+        decode, num_waiting = tuple(rows.values()), len(state.waiting)
+        return StepPlan(state.num_steps - 1, (), decode, (), num_waiting=num_waiting, window=window)
     decode = add_drafts(state, rows, drafts)
     if limits.max_mixed_tokens is not None and (decode or searches):
         most = min(limits.max_chunk_tokens, limits.max_mixed_tokens)
@@ -139,6 +143,8 @@ def apply(state: SchedulerState, plan: StepPlan, result: StepResult) -> list[Tok
 
     Results for a sequence that has ended or was retracted since the plan was made are dropped.
     """
+    if plan.window > 1:
+        return [_append_tokens(state, seq, results) for seq, results in read_window(state, plan, result)]
     num_rows, num_results = len(plan.decode), len(plan.decode) + len(plan.chunks)
     token_ids = result.token_ids
     assert len(token_ids) == num_results, f"step {plan.step} has {num_results} results, got {len(token_ids)}"
@@ -154,7 +160,7 @@ def apply(state: SchedulerState, plan: StepPlan, result: StepResult) -> list[Tok
                 searches.setdefault(seq.seq_id, []).append((token_id, row_scores))
                 continue
             if seq.num_drafts_in_flight:
-                _verify_row(seq, row, (token_id, row_scores), verified.setdefault(seq.seq_id, []))
+                verify_row(seq, row, (token_id, row_scores), verified.setdefault(seq.seq_id, []))
                 continue
             assert row.position == len(seq.token_ids) - 1, f"step {plan.step} is applied out of order"
             deltas.append(_append_tokens(state, seq, [(token_id, row_scores)]))
@@ -233,7 +239,9 @@ def _secure_oldest(state: SchedulerState) -> None:
     oldest.page_ids.append(state.cache.allocate())
 
 
-def _plan_decode_rows(state: SchedulerState) -> tuple[dict[int, DecodeRow], dict[int, beams.BeamStep]]:
+def _plan_decode_rows(
+    state: SchedulerState, window: int
+) -> tuple[dict[int, DecodeRow], dict[int, beams.BeamStep]]:
     """One row for every sequence past its prefill, and the rows of every search; both by seq_id."""
     rows: dict[int, DecodeRow] = {}
     searches: dict[int, beams.BeamStep] = {}
@@ -242,13 +250,15 @@ def _plan_decode_rows(state: SchedulerState) -> tuple[dict[int, DecodeRow], dict
         if seq.status is not SeqStatus.RUNNING or not seq.can_decode:
             continue  # retracted for a row above, or waiting for results
         position = seq.num_planned
-        index = position // page_size
-        num_missing = beams.count_step_pages(state, seq) if seq.beams else index - len(seq.page_ids) + 1
+        num_steps = min(window, seq.num_kv_tokens - position)
+        index, last_index = position // page_size, (position + num_steps - 1) // page_size
+        num_missing = beams.count_step_pages(state, seq) if seq.beams else last_index - len(seq.page_ids) + 1
         # Most rows miss no page: they must not pay for looking.
         while num_missing and state.cache.num_available < num_missing and seq.status is SeqStatus.RUNNING:
             victim = _choose_victim(state)
             # Its rows must not run in the step that gives its pages to others.
             if rows.pop(victim.seq_id, None) or searches.pop(victim.seq_id, None):
+                assert window == 1, "a window was planned without the pages for it"
                 victim.num_planned -= 1
             _retract(state, victim)
         if seq.status is not SeqStatus.RUNNING:
@@ -256,29 +266,16 @@ def _plan_decode_rows(state: SchedulerState) -> tuple[dict[int, DecodeRow], dict
         if seq.beams:
             searches[seq.seq_id] = beams.plan_step(state, seq)
             continue
-        if num_missing:
+        for _ in range(num_missing):
             seq.page_ids.append(state.cache.allocate())
         token_id = NO_TOKEN if seq.num_in_flight else seq.token_ids[-1]
-        rows[seq.seq_id] = DecodeRow(seq.slot, seq.seq_id, seq.epoch, position, seq.page_ids[index], token_id)
-        seq.num_planned = position + 1
-        seq.num_in_flight += 1
+        page_id, next_page_id = seq.page_ids[index], seq.page_ids[last_index] if last_index > index else 0
+        rows[seq.seq_id] = DecodeRow(
+            seq.slot, seq.seq_id, seq.epoch, position, page_id, token_id, num_steps, next_page_id
+        )
+        seq.num_planned = position + num_steps
+        seq.num_in_flight += num_steps
     return rows, searches
-
-
-def _verify_row(seq: Seq, row: DecodeRow, result: Sampled, accepted: list[Sampled]) -> None:
-    """Accept what a row of a draft gave, if it was fed the token that the row before it gave and that row
-    was accepted and not the last of the reply.
-
-    Without a number only the first row fails its sequence: a later one may have been fed a wrong guess.
-    """
-    if row.position != len(seq.token_ids) - 1 + len(accepted):
-        return
-    if accepted:
-        token_id = accepted[-1][0]
-        has_ended = _why_end(seq.params, token_id, seq.num_output_tokens + len(accepted)) is not None
-        if token_id != row.token_id or has_ended or result[0] == NO_TOKEN:
-            return
-    accepted.append(result)
 
 
 def _choose_victim(state: SchedulerState) -> Seq:
@@ -314,28 +311,22 @@ def _retract(state: SchedulerState, seq: Seq) -> None:
 def _append_tokens(
     state: SchedulerState, seq: Seq, results: list[Sampled], prompt_scores: list[TokenScores] | None = None
 ) -> TokenDelta:
-    """Make sampled tokens known, one or those of a draft, and end the sequence if the last of them does."""
-    if results[0][0] == NO_TOKEN:
-        return _fail(state, seq)
+    """Make sampled tokens known, one or those of a draft or window, and end the sequence if the last of them
+    does."""
+    has_failed = results[-1][0] == NO_TOKEN
+    results = results[:-1] if has_failed else results
     token_ids = [token_id for token_id, _ in results]
     seq.append(token_ids)
     seq.num_in_flight -= len(results)
     state.num_generated_tokens += len(results)
-    finish = _why_end(seq.params, token_ids[-1], seq.num_output_tokens)
+    if has_failed:
+        return _fail(state, seq, token_ids)
+    finish = find_end(seq.params, token_ids[-1], seq.num_output_tokens)
     if finish is not None:
         _end(state, seq)
     wants_scores = seq.params.scores is not None and seq.params.scores.of_output
     told = [scores for _, scores in results if scores is not None] if wants_scores else None
     return make_delta(seq, token_ids, finish, scores=told, prompt_scores=prompt_scores)
-
-
-def _why_end(params: TokenParams, token_id: int, num_output_tokens: int) -> FinishReason | None:
-    """Whether a token is the last of its reply, being the `num_output_tokens`-th."""
-    if token_id in params.stop_ids and num_output_tokens >= params.min_new_tokens:
-        return FinishReason(kind="stop", matched=token_id)
-    if num_output_tokens >= params.max_new_tokens:
-        return FinishReason(kind="length")
-    return None
 
 
 def _advance_search(
@@ -359,8 +350,9 @@ def _advance_search(
     return [make_delta(seq, [], found[0].finish, prompt_scores=prompt_scores, beams=found)]
 
 
-def _fail(state: SchedulerState, seq: Seq) -> TokenDelta:
-    """End a sequence whose logits are not numbers; its neighbours' rows are their own."""
+def _fail(state: SchedulerState, seq: Seq, token_ids: list[int] | None = None) -> TokenDelta:
+    """End a sequence whose logits are not numbers; its neighbours' rows are their own. `token_ids` became
+    known in the same step."""
     num_output_tokens = seq.num_output_tokens + seq.search_depth
     seq.num_planned = 0  # its pages hold no numbers either: cache no more of them than is cached already
     _release(state, seq)
@@ -371,7 +363,7 @@ def _fail(state: SchedulerState, seq: Seq) -> TokenDelta:
         f"The model's logits were not finite numbers (NaN) at output token {num_output_tokens + 1}; "
         "the request was ended. Its weights may be damaged, or its numbers too large for the dtype."
     )
-    return make_delta(seq, [], FinishReason(kind="abort", message=message, http_status=500))
+    return make_delta(seq, token_ids or [], FinishReason(kind="abort", message=message, http_status=500))
 
 
 def _end(state: SchedulerState, seq: Seq) -> None:

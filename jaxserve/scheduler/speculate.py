@@ -23,8 +23,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from jaxserve.scheduler.lookup import Lookup
-from jaxserve.scheduler.plan import DecodeRow, StepLimits
-from jaxserve.scheduler.state import SchedulerState, Seq
+from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, StepLimits
+from jaxserve.scheduler.state import Sampled, SchedulerState, Seq, find_end
 
 LEAST_GAIN = 1.05  # a step with drafts must promise so many times the tokens per time of one without
 LEAST_CHANCE = 0.1  # of a guess to be right, for a row to be thought of
@@ -110,6 +110,22 @@ def _draft_rows(state: SchedulerState, row: DecodeRow, draft: Draft) -> list[Dec
         seq.num_in_flight += 1
     seq.num_drafts_in_flight = len(rows)
     return rows
+
+
+def verify_row(seq: Seq, row: DecodeRow, result: Sampled, accepted: list[Sampled]) -> None:
+    """Accept what a row of a draft gave, if it was fed the token that the row before it gave and that row
+    was accepted and not the last of the reply.
+
+    Without a number only the first row fails its sequence: a later one may have been fed a wrong guess.
+    """
+    if row.position != len(seq.token_ids) - 1 + len(accepted):
+        return
+    if accepted:
+        token_id = accepted[-1][0]
+        has_ended = find_end(seq.params, token_id, seq.num_output_tokens + len(accepted)) is not None
+        if token_id != row.token_id or has_ended or result[0] == NO_TOKEN:
+            return
+    accepted.append(result)
 
 
 def settle_draft(state: SchedulerState, seq: Seq, num_accepted: int) -> None:

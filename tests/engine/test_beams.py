@@ -18,8 +18,9 @@ from flax import nnx
 from jaxserve.engine.meter import Meter
 from jaxserve.models.interface import KVLayer
 from jaxserve.runner.programs import Programs
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.plan import StepPlan
-from jaxserve.scheduler.state import check_integrity, new_state
+from jaxserve.scheduler.state import new_state
 from jaxserve.types import BeamResult, FinishReason, ScoreParams, TokenDelta, TokenParams
 from tests.engine.running_engine import finish_of, start_tiny_engine, token_ids
 from tests.engine.test_engine import run

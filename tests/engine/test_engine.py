@@ -9,7 +9,7 @@ import random
 import pytest
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.scheduler.state import check_integrity
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.types import TokenParams
 from tests.engine.running_engine import finish_of, start_tiny_engine, token_ids
 from tests.goldens.read import read_tiny_goldens

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from jaxserve.images import ImagePatches, PlacedImage
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.plan import StepPlan
-from jaxserve.scheduler.state import check_integrity
 from jaxserve.vision.limits import ImageForm
 from jaxserve.vision.patches import make_patches
 from tests import tiny_vl

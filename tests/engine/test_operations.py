@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxserve.errors import UnavailableError
-from jaxserve.scheduler.state import check_integrity
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.types import KV_CACHE, WEIGHTS
 from tests.engine.running_engine import RunningEngine, finish_of, start_tiny_engine, token_ids
 from tests.goldens.read import read_tiny_goldens

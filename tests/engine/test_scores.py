@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxserve.scheduler.state import check_integrity
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.types import ScoreParams, TokenScores
 from tests.engine.running_engine import finish_of, start_tiny_engine, token_ids
 from tests.goldens.read import read_tiny_goldens

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from jaxserve.engine.costs import StepCosts
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.plan import StepLimits
-from jaxserve.scheduler.state import check_integrity
 from jaxserve.types import ScoreParams, TokenParams
 from tests.engine.running_engine import RunningEngine, finish_of, start_tiny_engine, token_ids
 

@@ -111,7 +111,8 @@ def hosts(tmp_path_factory) -> Iterator[TwoHosts]:
     model_path = folder / "converted"
     original = write_tiny_checkpoint(folder / "model", "qwen2")
     convert(ServerConfig(model_path=str(original), log_level="error"), model_path)
-    with start_hosts(TwoHosts(folder, model_path, "--tokenizer-path", "bytes")) as hosts:
+    flags = ("--tokenizer-path", "bytes", "--num-continuous-decode-steps", "4")
+    with start_hosts(TwoHosts(folder, model_path, *flags)) as hosts:
         yield hosts
 
 

@@ -57,6 +57,17 @@ def test_a_mixed_step_runs_as_two_programs_until_a_mixed_one_is_ready():
     assert split_step(5, 60, [*ready, Shape(8, 64)]) == [Shape(8, 64)]
 
 
+def test_windows_come_with_every_decode_program_and_never_alone():
+    ladder = make_ladder(max_rows=4, max_tokens=64, min_rows=1, mixes=True, window=4)
+    shapes = ladder.shapes
+    assert shapes[:3] == (Shape(1, 0), Shape(0, 64), Shape(1, 0, 4))
+    decode = [shape for shape in shapes if not shape.num_tokens]
+    assert decode == [Shape(rows, 0, window) for rows in (1, 4, 2) for window in (1, 4)]
+    assert ladder.window == 4
+    assert split_step(3, 0, shapes) == [Shape(4, 0)]
+    assert split_step(3, 0, shapes, window=4) == [Shape(4, 0, 4)]
+
+
 def test_a_step_that_fits_nothing_is_told():
     assert split_step(9, 0, [Shape(8, 0), Shape(0, 64)]) is None
     assert split_step(1, 65, [Shape(8, 0), Shape(0, 64)]) is None

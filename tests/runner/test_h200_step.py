@@ -93,6 +93,17 @@ def test_a_step_copies_neither_weights_nor_pool(shape, quantization):
         assert report.temp_bytes < matrix_bytes + 3 * 4 * shape.num_rows * VOCAB_SIZE
 
 
+def test_a_window_copies_neither_weights_nor_pool():
+    """Its loop turns a known number of times, so that no turn waits for the host."""
+    report, pool_bytes, matrix_bytes = compile_step(Shape(64, 0, 4))
+    assert report.alias_bytes >= pool_bytes
+    entry = report.hlo[report.hlo.index("\nENTRY") :]
+    (loop,) = re.findall(r' while\(.*body=(%[\w.]+).*"known_trip_count":\{"n":"4"\}', entry)
+    body = report.hlo[report.hlo.index(f"\n{loop} ") :]
+    assert list_copies(entry + body[: body.index("\n}")], matrix_bytes) == []
+    assert report.temp_bytes < matrix_bytes + 3 * 4 * 64 * VOCAB_SIZE
+
+
 def test_a_step_multiplies_by_what_is_packed_in_four_bits():
     """Four products a layer, and no matrix in another type."""
     report, _, _ = compile_step(Shape(64, 0), "int4")

@@ -18,7 +18,8 @@ from jaxserve.runner.programs import Programs
 
 # Programs are compiled for shapes and nothing is allocated, so the pool may be far larger than all else.
 POOL = PoolSize(num_pages=65537, page_size=16, num_slots=4, table_width=32)
-SHAPES = [Shape(1, 0), Shape(4, 0), Shape(0, 64), Shape(4, 16)]  # one row, rows, chunks, both
+# One row, rows, chunks, both, and rows several steps in a row.
+SHAPES = [Shape(1, 0), Shape(4, 0), Shape(0, 64), Shape(4, 16), Shape(4, 0, 4)]
 
 # `%name = type[dims]{layout} opcode(`: an instruction with one array as its result.
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?(%\S+) = (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", re.MULTILINE)

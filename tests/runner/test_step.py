@@ -61,6 +61,35 @@ def test_greedy_tokens_come_one_a_step_without_the_host_having_seen_them(runner)
     assert [step.read().token_ids[0] for step in pending] == golden.greedy_ids
 
 
+def test_a_window_gives_the_tokens_of_its_steps(runner):
+    """Three windows of four launched ahead, over the ends of pages; the second sequence leaves in the last
+    one, after two steps."""
+    goldens = read_tiny_goldens("qwen2")
+    long, short = goldens[33], goldens[7]
+    runner.programs.compile_one(Shape(4, 0, 4))
+    got = [
+        runner.step(prefill(0, long.prompt_ids, 1)).read().token_ids,
+        runner.step(prefill(3, short.prompt_ids, 9)).read().token_ids,
+    ]
+    pending = []
+    for first in (0, 4, 8):
+        rows = [window_row(0, 33 + first, 1, 4), window_row(3, 7 + first, 9, 4 if first < 8 else 2)]
+        pending.append(runner.step(StepPlan(0, (), tuple(rows), (), window=4)))
+    results = [step.read().token_ids for step in pending]
+    assert got[0] + [token for result in results for token in result[:4]] == long.greedy_ids[:13]
+    assert got[1] + [token for result in results for token in result[4:]] == short.greedy_ids[:11]
+    for slot, position, first_page, golden in ((0, 45, 1, long), (3, 17, 9, short)):  # single steps go on
+        step = runner.step(StepPlan(0, (), (row(slot, position, first_page),), ()))
+        assert step.read().token_ids == [golden.greedy_ids[position - len(golden.prompt_ids) + 1]]
+
+
+def window_row(slot: int, position: int, first_page: int, num_steps: int) -> DecodeRow:
+    page = first_page + position // PAGE_SIZE
+    is_crossing = (position + num_steps - 1) // PAGE_SIZE > position // PAGE_SIZE
+    next_page = page + 1 if is_crossing else 0
+    return DecodeRow(slot, slot, 0, position, page, num_steps=num_steps, next_page_id=next_page)
+
+
 def test_neighbours_and_padding_change_nothing(runner):
     """Two sequences of different lengths in one step, then one of them alone."""
     goldens = read_tiny_goldens("qwen2")

@@ -77,10 +77,15 @@ def test_greedy_tokens_are_those_of_one_device(tmp_path, name, num_devices):
     chunk = PrefillChunk(2, 2, 0, 0, golden.prompt_ids, pages, True)
     init = SlotInit(2, TokenParams(max_new_tokens=32), golden.prompt_ids, [])
     pending = [runner.step(StepPlan(0, (init,), (), (chunk,)))]
-    for position in range(33, 64):
+    for position in range(33, 45):
         row = DecodeRow(2, 2, 0, position, 5 + position // PAGE_SIZE)
         pending.append(runner.step(StepPlan(0, (), (row,), ())))
-    assert [step.read().token_ids[0] for step in pending] == golden.greedy_ids
+    runner.programs.compile_one(Shape(1, 0, 4))
+    for position in range(45, 61, 4):  # and four steps in a launch
+        page = 5 + position // PAGE_SIZE
+        row = DecodeRow(2, 2, 0, position, page, num_steps=4, next_page_id=page + 1)
+        pending.append(runner.step(StepPlan(0, (), (row,), (), window=4)))
+    assert [token_id for step in pending for token_id in step.read().token_ids] == golden.greedy_ids[:29]
     runner.close()
 
 

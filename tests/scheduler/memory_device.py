@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jaxserve.scheduler.plan import NO_TOKEN, PrefillChunk, StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_TOKEN, DecodeRow, PrefillChunk, StepPlan, StepResult
 from jaxserve.types import BeamResult, FinishReason, TokenParams, TokenScores
 
 VOCAB = 13
@@ -187,6 +187,8 @@ class MemoryDevice:
 
     def launch(self, plan: StepPlan) -> StepResult:
         """Run a step; returns its results, aligned as plan.py says."""
+        if plan.window > 1:
+            return self._launch_window(plan)
         for init in plan.inits:
             known_ids = init.prompt_ids + init.output_ids
             self.slots[init.slot] = Slot(init.params, known_ids)
@@ -214,6 +216,29 @@ class MemoryDevice:
         results = [result for feed in feeds for result in self._list_results(feed)]
         token_ids, scores = zip(*results, strict=True)
         return StepResult(list(token_ids), list(scores), prompt_scores)
+
+    def _launch_window(self, plan: StepPlan) -> StepResult:
+        """Its steps one by one: of the rows that still take part, each fed what it sampled before."""
+        alone = StepPlan(plan.step, (), plan.decode, (), num_waiting=plan.num_waiting, window=plan.window)
+        assert plan == alone, "a window of more than decode rows"
+        assert plan.window == max(row.num_steps for row in plan.decode)
+        assert len({row.slot for row in plan.decode}) == len(plan.decode), "a window with a draft"
+        told: list[list[tuple[int, TokenScores | None]]] = [[] for _ in plan.decode]
+        for step in range(plan.window):
+            live = [index for index, row in enumerate(plan.decode) if step < row.num_steps]
+            rows = tuple(self._move_row(plan.decode[index], step) for index in live)
+            result = self.launch(StepPlan(plan.step, (), rows, ()))
+            for index, sampled in zip(live, zip(result.token_ids, result.scores, strict=True), strict=True):
+                told[index].append(sampled)
+        token_ids, scores = zip(*(sampled for row in told for sampled in row), strict=True)
+        return StepResult(list(token_ids), list(scores))
+
+    def _move_row(self, row: DecodeRow, step: int) -> DecodeRow:
+        position = row.position + step
+        is_same_page = position // self.page_size == row.position // self.page_size
+        page_id = row.page_id if is_same_page else row.next_page_id
+        token_id = NO_TOKEN if step else row.token_id
+        return DecodeRow(row.slot, row.seq_id, row.epoch, position, page_id, token_id)
 
     def _fork(self, plan: StepPlan) -> None:
         for table in plan.tables:

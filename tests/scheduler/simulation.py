@@ -7,16 +7,10 @@ from collections import deque
 import pytest
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.schedule import abort, add, apply, flush, schedule
-from jaxserve.scheduler.state import (
-    check_integrity,
-    has_work,
-    new_state,
-    num_free_pages,
-    num_running,
-    num_waiting,
-)
+from jaxserve.scheduler.state import has_work, new_state, num_free_pages, num_running, num_waiting
 from jaxserve.types import TokenDelta
 from tests.scheduler.memory_device import MemoryDevice, Request
 

@@ -1,8 +1,9 @@
 """Short ways to drive the scheduler by hand, one step at a time, on a device that samples what it is told."""
 
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.plan import StepLimits, StepResult
 from jaxserve.scheduler.schedule import add, apply, schedule
-from jaxserve.scheduler.state import check_integrity, has_work
+from jaxserve.scheduler.state import has_work
 from jaxserve.types import TokenParams
 
 PAGE = 4

@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.plan import NO_TOKEN, PageCopy, StepLimits, StepPlan, StepResult
 from jaxserve.scheduler.schedule import abort, add, apply, schedule
-from jaxserve.scheduler.state import check_integrity, has_work, new_state, num_free_pages
+from jaxserve.scheduler.state import has_work, new_state, num_free_pages
 from jaxserve.types import FinishReason, ScoreParams, TokenParams, TokenScores
 from tests.scheduler.memory_device import VOCAB, extend_hash, rate_tokens
 from tests.scheduler.simulation import TOKEN_BUCKETS, Simulation

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.schedule import abort, schedule
-from jaxserve.scheduler.state import check_integrity, has_work, new_state, num_free_pages, num_waiting
+from jaxserve.scheduler.state import has_work, new_state, num_free_pages, num_waiting
 from jaxserve.types import FinishReason
 from tests.scheduler.steps import LIMITS, PAGE, TOKEN, finish_step, list_rids, run_step, run_to_end, submit
 

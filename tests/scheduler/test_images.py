@@ -10,9 +10,10 @@ import pytest
 from jaxserve.errors import InvalidRequestError
 from jaxserve.images import ImagePatches, PlacedImage
 from jaxserve.scheduler.features import BLOCK_ROWS, FeatureCache
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.plan import NO_ROW, StepResult
 from jaxserve.scheduler.schedule import abort, add, apply, flush, retract_all, schedule
-from jaxserve.scheduler.state import check_integrity, has_work, new_state
+from jaxserve.scheduler.state import has_work, new_state
 from jaxserve.types import TokenParams
 from tests.scheduler.steps import LIMITS, PAGE, STOP, run_step, run_to_end, submit
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.pause import forget_cache, has_begun, num_retracted, salted
 from jaxserve.scheduler.schedule import add, retract_all, schedule
-from jaxserve.scheduler.state import check_integrity, new_state
+from jaxserve.scheduler.state import new_state
 from jaxserve.types import TokenParams
 from tests.scheduler.steps import LIMITS, PAGE, finish_step, list_rids, run_step, run_to_end, submit
 

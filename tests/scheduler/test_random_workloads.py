@@ -89,6 +89,8 @@ def workloads(draw):
         row_buckets=row_buckets,
         row_costs=tuple(1 + rows * draw(st.sampled_from([0.0, 0.05])) for rows in row_buckets),
         wait_cost=draw(st.sampled_from([0.0, 0.2])),
+        window=draw(st.integers(1, page_size)),
+        window_rows=draw(st.sampled_from([row_buckets, row_buckets[:1]])),
     )
     num_usable_pages = draw(st.integers(28, 48)) // page_size
     max_drafts = draw(st.sampled_from([0, 1, 3, 7]))

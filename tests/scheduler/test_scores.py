@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.plan import NO_TOKEN, StepResult
 from jaxserve.scheduler.schedule import apply, schedule
-from jaxserve.scheduler.state import check_integrity, has_work, new_state
+from jaxserve.scheduler.state import has_work, new_state
 from jaxserve.types import ScoreParams, TokenScores
 from tests.scheduler.steps import LIMITS, PAGE, TOKEN, list_rids, run_step, run_to_end, submit
 

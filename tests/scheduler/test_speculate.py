@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.lookup import Lookup
 from jaxserve.scheduler.plan import NO_TOKEN, StepResult
 from jaxserve.scheduler.schedule import abort, apply, retract_all, schedule
-from jaxserve.scheduler.state import check_integrity, new_state
+from jaxserve.scheduler.state import new_state
 from jaxserve.types import FinishReason, ScoreParams, TokenParams, TokenScores
 from tests.scheduler.simulation import TOKEN_BUCKETS, Simulation
 from tests.scheduler.steps import LIMITS, PAGE, STOP, run_to_end, submit
