@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import random
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from jaxserve.engine.costs import StepCosts
 from jaxserve.scheduler.integrity import check_integrity
 from jaxserve.scheduler.plan import StepLimits
-from jaxserve.types import ScoreParams, TokenParams
-from tests.engine.running_engine import RunningEngine, finish_of, start_tiny_engine, token_ids
+from tests.engine.crowd import POOL, REQUESTS, ask, leave_in_a_crowd, logprobs, run, told
+from tests.engine.running_engine import RunningEngine, start_tiny_engine, token_ids
 
-# 40 pages of 8 tokens: a crowd has to give way, drafts or not. The same pool everywhere: the same programs.
-POOL: dict[str, Any] = {"max_total_tokens": 320}
 SPECULATES = {**POOL, "speculative_algorithm": "ngram", "speculative_num_draft_tokens": 5}
-SCORES = ScoreParams(of_output=True, num_top=2)
 
 
 @dataclass(slots=True)
@@ -32,52 +25,6 @@ class EagerCosts(StepCosts):
 
 def speculate_eagerly(engine: RunningEngine) -> None:
     engine.loop.meter.costs = EagerCosts()
-
-
-def make_requests() -> list[tuple[list[int], dict[str, Any]]]:
-    """Prompts that say things twice, so that there is something to look up; all sorts of parameters."""
-    rng = random.Random(5)
-    requests = []
-    for index in range(20):
-        verse = [rng.randrange(4, 300) for _ in range(rng.choice([3, 9, 25]))]
-        params: dict[str, Any] = {"max_new_tokens": rng.randrange(20, 70), "seed": index}
-        if index % 2:
-            params["temperature"] = 0.05  # of a tiny random model's flat distribution: it repeats itself
-        if index % 3 == 0:
-            params["scores"] = SCORES
-        if index % 4 == 0:
-            params |= {"min_new_tokens": 12, "stop_ids": tuple(range(0, 300, 3))}
-        if index % 5 == 0:
-            params["logit_bias"] = tuple((token_id, 3.0) for token_id in verse)
-        requests.append(([*verse, 2, *verse], params))
-    return requests
-
-
-REQUESTS = make_requests()
-
-
-async def ask(engine: RunningEngine, indices, *, together: bool):
-    coroutines = [engine.generate(f"r{i}", REQUESTS[i][0], **REQUESTS[i][1]) for i in indices]
-    if together:
-        return await asyncio.gather(*coroutines)
-    return [await coroutine for coroutine in coroutines]
-
-
-def told(deltas):
-    """What a reply says: its tokens, how it ended, and the scores of every token."""
-    return (
-        token_ids(deltas),
-        finish_of(deltas),
-        [scores.top_ids for delta in deltas for scores in delta.scores],
-    )
-
-
-def logprobs(deltas):
-    return [scores.top_logprobs for delta in deltas for scores in delta.scores]
-
-
-def run(test):
-    asyncio.run(asyncio.wait_for(test, 300))
 
 
 def test_replies_and_their_scores_are_the_same_with_and_without(tmp_path):
@@ -152,17 +99,11 @@ def test_penalties_are_served_without_drafts_and_a_second_prompt_finds_the_pages
 
 
 def test_listeners_that_leave_while_drafts_are_in_flight_free_everything(tmp_path):
-    async def leave_early(engine, index: int):
-        stream = engine.client.generate(f"r{index}", [5, 6, 7 + index] * 8, TokenParams(max_new_tokens=200))
-        async with contextlib.aclosing(stream):
-            for _ in range(index % 5 + 1):
-                await anext(stream)
-
     async def scenario():
         async with start_tiny_engine(tmp_path, **SPECULATES) as engine:
             await engine.wait_until_warm()
             speculate_eagerly(engine)
-            await asyncio.gather(*(leave_early(engine, index) for index in range(16)))
+            await leave_in_a_crowd(engine)
             await engine.wait_until_idle()
             check_integrity(engine.loop.scheduler_state)
             assert engine.client.stats.num_drafted_tokens > 0

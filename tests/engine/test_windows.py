@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import Any
 
 import numpy as np
 
 from jaxserve.scheduler.integrity import check_integrity
-from jaxserve.types import TokenParams
+from tests.engine.crowd import POOL, REQUESTS, ask, leave_in_a_crowd, logprobs, run, told
 from tests.engine.running_engine import start_tiny_engine, token_ids
-from tests.engine.test_speculate import REQUESTS, ask, logprobs, run, told
 
-# 40 pages of 8 tokens: a crowd has to give way.
-POOL: dict[str, Any] = {"max_total_tokens": 320}
 WINDOWED = {**POOL, "num_continuous_decode_steps": 4}
 
 
@@ -83,16 +79,10 @@ def test_drafts_and_windows_take_turns(tmp_path):
 
 
 def test_listeners_that_leave_in_the_middle_of_a_window_free_everything(tmp_path):
-    async def leave_early(engine, index: int):
-        stream = engine.client.generate(f"r{index}", [5, 6, 7 + index] * 8, TokenParams(max_new_tokens=200))
-        async with contextlib.aclosing(stream):
-            for _ in range(index % 5 + 1):
-                await anext(stream)
-
     async def scenario():
         async with start_tiny_engine(tmp_path, **WINDOWED) as engine:
             await engine.wait_until_warm()
-            await asyncio.gather(*(leave_early(engine, index) for index in range(16)))
+            await leave_in_a_crowd(engine)
             await engine.wait_until_idle()
             check_integrity(engine.loop.scheduler_state)
             assert engine.client.stats.num_free_pages == 40
