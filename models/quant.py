@@ -34,6 +34,9 @@ from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
 MOST_TRANSPOSED_TOKENS = 16
 MOST_TRANSPOSED_MLP_TOKENS = 64
 
+# XLA's code for TPUs of looking up rows of bf16 grows with the rows, and takes a second to compile for 256.
+LOOKED_UP_TOKENS = 32
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["q_FD", "scale_F"], meta_fields=["round_rows"])
 @dataclass(frozen=True, slots=True)
@@ -175,11 +178,23 @@ def _transposed_gated_mlp(
 def embed(token_ids_T: jax.Array, w_VD: Matrix, shards: Shards = ONE_DEVICE) -> jax.Array:
     """Rows of an embedding matrix: [T] int32 to [T, D] float32. Each of `shards` has some of the rows."""
     assert not isinstance(w_VD, GroupedMatrix), "rows of 4-bit values are not looked up"
+
+    def look_up(row_T: jax.Array) -> jax.Array:
+        if not isinstance(w_VD, QuantizedMatrix):
+            return _take(w_VD, row_T)
+        return _take(w_VD.q_FD, row_T) * _take(w_VD.scale_F, row_T)[..., None]
+
+    def look_up_in_turns(row_T: jax.Array) -> jax.Array:
+        return jax.lax.map(look_up, row_T, batch_size=LOOKED_UP_TOKENS)
+
     row_T = shards.find_own(token_ids_T, w_VD.shape[0])
-    if not isinstance(w_VD, QuantizedMatrix):
-        return shards.add(_take(w_VD, row_T))
-    x_TD = shards.add(_take(w_VD.q_FD, row_T) * _take(w_VD.scale_F, row_T)[:, None])
-    return rotate(x_TD) if w_VD.is_int8 else x_TD
+    if row_T.shape[0] <= LOOKED_UP_TOKENS:
+        x_TD = look_up(row_T)
+    else:
+        x_TD = jax.lax.platform_dependent(row_T, tpu=look_up_in_turns, default=look_up)
+    x_TD = shards.add(x_TD)
+    is_rotated = isinstance(w_VD, QuantizedMatrix) and w_VD.is_int8
+    return rotate(x_TD) if is_rotated else x_TD
 
 
 def _take(w_VD: jax.Array, row_T: jax.Array) -> jax.Array:
