@@ -11,6 +11,8 @@ B rows, V tokens of the vocabulary, C likely ones; N blocks of W tokens, J of th
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -75,29 +77,36 @@ def _draw_tokens(
     to_beat_B = gumbel(key_B2[:, 0], key_B2[:, 1], greedy_B.astype(jnp.uint32))  # its logit is 0
     may_win_BN = jnp.max(kept_BNW, axis=2) + LARGEST_NOISE >= to_beat_B[:, None]
     may_win_BN &= is_drawn_B[:, None]
-    place_P = jnp.flatnonzero(may_win_BN, size=num_rows * num_blocks, fill_value=num_rows * num_blocks)
-    place_P = jnp.pad(place_P, (0, BLOCKS_AT_ONCE), constant_values=num_rows * num_blocks)
+    num_so_far_P = jnp.cumsum(may_win_BN.reshape(-1), dtype=jnp.int32)  # that may win, up to each of B * N
 
-    def draw_blocks(index: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        best_BN, id_BN = best
-        place_E = jax.lax.dynamic_slice_in_dim(place_P, index * BLOCKS_AT_ONCE, BLOCKS_AT_ONCE)
-        row_E, block_E = jnp.divmod(place_E, num_blocks)  # row B where there is none; it writes nothing
+    def draw_blocks(turn: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        rank_E = turn * BLOCKS_AT_ONCE + jnp.arange(BLOCKS_AT_ONCE, dtype=jnp.int32)
+        row_E, block_E = jnp.divmod(_find_first_above(num_so_far_P, rank_E), num_blocks)  # row B: no more
         id_EW = first_id + block_E[:, None] * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
         key_E2 = key_B2.at[row_E].get(mode="clip")
         noise_EW = gumbel(key_E2[:, :1], key_E2[:, 1:], id_EW.astype(jnp.uint32))
         best_E, place_in_block_E = _find_largest(kept_BNW.at[row_E, block_E].get(mode="clip") + noise_EW)
         id_E = first_id + block_E * BLOCK_TOKENS + place_in_block_E
-        best_BN = best_BN.at[row_E, block_E].set(best_E, mode="drop")
-        return best_BN, id_BN.at[row_E, block_E].set(id_E, mode="drop")
+        is_own_BE = row_E[None, :] == jnp.arange(num_rows)[:, None]
+        best_BE = jnp.where(is_own_BE, best_E[None, :], -jnp.inf)
+        here_B, place_B = _find_largest(best_BE)
+        here_id_B = jnp.sum(
+            jnp.where(jnp.arange(BLOCKS_AT_ONCE) == place_B[:, None], id_E[None, :], 0), axis=1
+        )
+        best_B, id_B = best  # of lower ids, which win among equals
+        return jnp.maximum(here_B, best_B), jnp.where(here_B > best_B, here_id_B, id_B)
 
-    num_visits = (jnp.sum(may_win_BN, dtype=jnp.int32) + BLOCKS_AT_ONCE - 1) // BLOCKS_AT_ONCE
-    nothing_BN = jnp.full((num_rows, num_blocks), -jnp.inf, jnp.float32)
-    best_BN, id_BN = jax.lax.fori_loop(
-        0, num_visits, draw_blocks, (nothing_BN, jnp.zeros((num_rows, num_blocks), jnp.int32))
-    )
-    best_B, block_B = _find_largest(best_BN)
-    block_B = jnp.clip(block_B, 0, num_blocks - 1)
-    return _agree(best_B, jnp.take_along_axis(id_BN, block_B[:, None], axis=1)[:, 0], shards)[1]
+    num_turns = (num_so_far_P[-1] + BLOCKS_AT_ONCE - 1) // BLOCKS_AT_ONCE
+    nothing_B = jnp.full(num_rows, -jnp.inf), jnp.zeros(num_rows, jnp.int32)
+    best_B, id_B = jax.lax.fori_loop(0, num_turns, draw_blocks, nothing_B)
+    return _agree(best_B, id_B, shards)[1]
+
+
+def _find_first_above(sorted_P: jax.Array, value_E: jax.Array) -> jax.Array:
+    """The first place of a larger number for each value; P where there is none. A TPU compares with all."""
+    find = partial(jnp.searchsorted, side="right")
+    compare, bisect = partial(find, method="compare_all"), partial(find, method="scan")
+    return jax.lax.platform_dependent(sorted_P, value_E, tpu=compare, default=bisect)
 
 
 def _keep_likely(
