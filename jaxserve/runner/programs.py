@@ -114,7 +114,7 @@ def _run_unpacked(model: Any, step: Unpacked, state: DeviceState) -> tuple[Devic
         return hide_padding(model.compute_logits(x_BD), shards, vocab_size)
 
     # Decode rows are the first tokens: a program of nothing else looks nothing up.
-    x_BD = x_TD if not shape.num_tokens else x_TD[step.batch.sample_token_B]
+    x_BD = x_TD if step.places is None else x_TD[step.batch.sample_token_B]
     rows, slot_B, block_rows = step.rows, step.slot_B, model.kernels.block_rows
     logits_BV = compute_logits(x_BD)
     logits_BV = edit_logits(logits_BV, rows, slot_B, state.edits_XV, state.bias_XV, block_rows)
