@@ -21,10 +21,11 @@ MASKED = -1e30  # finite, so that what sees nothing gives exp(0) and never NaN
 
 
 class Partial(NamedTuple):
-    """The softmax of some rows over some tokens: largest scores, sums of weights, weighted sums by chunk."""
+    """The softmax of some rows over some tokens: largest scores, sums of weights, weighted sums by chunk. The
+    first two are the same in all lanes, which no arithmetic of theirs has to spread again."""
 
-    max_M1: jax.Array
-    sum_M1: jax.Array
+    max_ML: jax.Array
+    sum_ML: jax.Array
     out_ML: list[jax.Array]
 
 
@@ -68,17 +69,19 @@ def attend_unit(
     p_MB = jnp.exp(score_MB - max_M1)
     sum_M1 = jnp.sum(p_MB, axis=1, keepdims=True)
     p_MB = p_MB.astype(jnp.bfloat16)
-    return Partial(max_M1, sum_M1, [_product(p_MB, v_BL, 0) for _, v_BL in kv_BL])
+    out_ML = [_product(p_MB, v_BL, 0) for _, v_BL in kv_BL]
+    max_ML, sum_ML = (jnp.broadcast_to(x_M1, out_ML[0].shape) for x_M1 in (max_M1, sum_M1))
+    return Partial(max_ML, sum_ML, out_ML)
 
 
 def merge(one: Partial, other: Partial) -> Partial:
     """The softmax over the tokens of both."""
-    max_M1 = jnp.maximum(one.max_M1, other.max_M1)
-    keep_M1, add_M1 = jnp.exp(one.max_M1 - max_M1), jnp.exp(other.max_M1 - max_M1)
+    max_ML = jnp.maximum(one.max_ML, other.max_ML)
+    keep_ML, add_ML = jnp.exp(one.max_ML - max_ML), jnp.exp(other.max_ML - max_ML)
     return Partial(
-        max_M1,
-        one.sum_M1 * keep_M1 + other.sum_M1 * add_M1,
-        [a * keep_M1 + b * add_M1 for a, b in zip(one.out_ML, other.out_ML, strict=True)],
+        max_ML,
+        one.sum_ML * keep_ML + other.sum_ML * add_ML,
+        [a * keep_ML + b * add_ML for a, b in zip(one.out_ML, other.out_ML, strict=True)],
     )
 
 

@@ -35,6 +35,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     FIRST_BLOCK,
     KV_LEN,
     MAX_UNROLLED,
+    NUM_ITEMS,
     POSITION,
     RUN,
     VMEM_LIMIT_BYTES,
@@ -52,6 +53,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
     PLACES,
     Stream,
     StreamShape,
+    read_block,
     read_item,
     run_trips,
 )
@@ -87,10 +89,6 @@ class DecodeShape:
             if num_units % count == 0 and (is_whole or count == num_units):
                 return count
         return 1 if self.layout.chunks_per_unit >= self.layout.chunks_per_row else num_units
-
-    @property
-    def out_places(self) -> int:
-        return 2 * self.blocks.num_items
 
 
 def paged_decode(
@@ -206,8 +204,9 @@ def _launch(shape: DecodeShape, work: Work, q_RUAML, sinks: list, kv: KVPages, i
         "largest": pltpu.VMEM(state_shape, jnp.float32),
         "sums": pltpu.VMEM(state_shape, jnp.float32),
         "outputs": pltpu.VMEM(unit_shape, jnp.float32),
-        "leaving": pltpu.VMEM((shape.out_places, *unit_shape), jnp.float32),
-        "left": pltpu.SemaphoreType.DMA((shape.out_places,)),
+        "leaving": pltpu.VMEM((PLACES, shape.blocks.num_items, *unit_shape), jnp.float32),
+        "left": pltpu.SemaphoreType.DMA((PLACES,)),
+        "queries_arrived": pltpu.SemaphoreType.DMA((PLACES,)),
     }
 
     def body(tiles_FL, cores_2C, first_page_1, q_RUAML, *refs):
@@ -241,7 +240,9 @@ def _launch(shape: DecodeShape, work: Work, q_RUAML, sinks: list, kv: KVPages, i
         ),
         out_shape=jax.ShapeDtypeStruct(q_RUAML.shape, jnp.float32),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+            disable_bounds_checks=True,  # of copies: with pages of one head half of all scalar instructions
         ),
         name="paged_decode",
         interpret=interpret,
@@ -254,8 +255,6 @@ class _Item:
     block: jax.Array
     is_first: jax.Array  # of its row
     is_last: jax.Array
-    out_place: jax.Array
-    num_before: jax.Array  # rows that this core finished before
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,35 +272,45 @@ class _Core:
     outputs: Any
     leaving: Any
     left: Any
+    queries_arrived: Any
 
     def run(self) -> None:
-        num_rows = run_trips(
-            self.stream, self.shape.stream, self._copy_queries, self._attend_trip, jnp.int32(0)
-        )
-        for place in range(self.shape.out_places):
+        """The carry is how many rows the last two trips finished, whose outputs may be on their way."""
+        nothing = (jnp.int32(0), jnp.int32(0))
+        counts = run_trips(self.stream, self.shape.stream, self, self._attend_trip, nothing)
+        core = pl.program_id(0)
+        num_items = self.stream.cores_2C[NUM_ITEMS, core]
+        num_trips = (num_items + self.shape.blocks.num_items - 1) // self.shape.blocks.num_items
+        for trip, count in enumerate(counts):
+            self._await_outputs(num_trips + trip, count)
 
-            @pl.when(num_rows > place)
-            def _(place=place):
-                self._copy_out(0, place).wait()
+    def start(self, trip) -> None:
+        """Queries of every item, also of those that there are not."""
+        for index in range(self.shape.blocks.num_items):
+            tile, _ = read_item(self.stream, self.shape.stream, trip, index)
+            row = self.stream.tiles_FL[RUN, jnp.maximum(tile, 0)]
+            place = trip % PLACES
+            target = self.queries.at[place, index]
+            pltpu.make_async_copy(self.q_RUAML.at[row], target, self.queries_arrived.at[place]).start()
 
-    def _copy_queries(self, tile, block, place, index: int):
-        row = self.stream.tiles_FL[RUN, tile]
-        target = self.queries.at[place, index]
-        copy = pltpu.make_async_copy(self.q_RUAML.at[row], target, self.stream.arrived.at[place, index])
-        return block >= 0, copy
+    def wait(self, trip) -> None:
+        queries = self.queries.at[trip % PLACES]
+        pltpu.make_async_copy(queries, queries, self.queries_arrived.at[trip % PLACES]).wait()
 
-    def _copy_out(self, row, place):
-        return pltpu.make_async_copy(self.leaving.at[place], self.out_RUAML.at[row], self.left.at[place])
+    def _await_outputs(self, trip, count) -> None:
+        """Those that left from the place of a trip."""
+        place = trip % PLACES
+        for bit in range(self.shape.blocks.num_items.bit_length()):
 
-    def _attend_trip(self, trip, num_rows):
-        items, num_rows = self._list_items(trip, num_rows)
+            @pl.when((count & (1 << bit)) != 0)
+            def _(bit=bit):
+                rows = self.leaving.at[place, pl.ds(0, 1 << bit)]
+                pltpu.make_async_copy(rows, rows, self.left.at[place]).wait()
+
+    def _attend_trip(self, trip, counts):
+        items = self._list_items(trip)
+        self._await_outputs(trip, counts[0])
         units_at_once = self.shape.units_at_once
-        for item in items:
-
-            @pl.when(item.is_last & (item.num_before >= self.shape.out_places))
-            def _(item=item):
-                self._copy_out(0, item.out_place).wait()
-
         if units_at_once == self.shape.layout.num_units:
             self._attend_units(trip, items, 0)
         else:
@@ -309,32 +318,31 @@ class _Core:
             jax.lax.fori_loop(
                 0, num_times, lambda i, _: self._attend_units(trip, items, i * units_at_once), None
             )
-        for item in items:
+        for index, item in enumerate(items):
 
             @pl.when(item.is_last)
-            def _(item=item):
-                self._copy_out(self.stream.tiles_FL[RUN, item.tile], item.out_place).start()
+            def _(index=index, item=item):
+                place, row = trip % PLACES, self.stream.tiles_FL[RUN, item.tile]
+                source = self.leaving.at[place, index]
+                pltpu.make_async_copy(source, self.out_RUAML.at[row], self.left.at[place]).start()
 
-        return num_rows
+        return counts[1], sum((item.is_last.astype(jnp.int32) for item in items), jnp.int32(0))
 
-    def _list_items(self, trip, num_rows) -> tuple[list[_Item], jax.Array]:
+    def _list_items(self, trip) -> list[_Item]:
         items = []
         for index in range(self.shape.blocks.num_items):
             tile, block = read_item(self.stream, self.shape.stream, trip, index)
             is_there, known = tile != NO_TILE, jnp.maximum(tile, 0)
             is_last = is_there & (block + 1 == self.stream.tiles_FL[END_BLOCK, known])
             is_first = is_there & (block == self.stream.tiles_FL[FIRST_BLOCK, known])
-            out_place = num_rows % self.shape.out_places
-            items.append(_Item(known, block, is_first, is_last, out_place, num_rows))
-            num_rows = num_rows + is_last.astype(jnp.int32)
-        return items, num_rows
+            items.append(_Item(known, block, is_first, is_last))
+        return items
 
     def _attend_units(self, trip, items: list[_Item], first_unit) -> None:
         """All partials, so that they overlap, then the merging, which must follow the order of the items."""
         partials = [self._attend_item(trip, item, i, first_unit) for i, item in enumerate(items)]
-        for item, of_units in zip(items, partials, strict=True):
-            for i, partial in enumerate(of_units):
-                self._merge_unit(item, first_unit + i, partial)
+        for i in range(self.shape.units_at_once):
+            self._merge_unit(trip, items, first_unit + i, [of_units[i] for of_units in partials])
 
     def _attend_item(self, trip, item: _Item, index: int, first_unit) -> list[Partial]:
         shape, blocks, place = self.shape, self.shape.blocks, trip % PLACES
@@ -348,15 +356,8 @@ class _Core:
             for token in range(1, blocks.tile_tokens)
         )
         is_seen_MB = see(position + ahead_M1 + row_M1 * 0, first_token, blocks.block_tokens, shape.window)
-        scales = self.stream.scales
-        units = load_units(
-            self.stream.words.at[place, index],
-            None if scales is None else scales.at[place, index],
-            first_unit,
-            shape.units_at_once,
-            live_B1,
-            shape.layout,
-        )
+        words, scales = read_block(self.stream, shape.stream, place, index)
+        units = load_units(words, scales, first_unit, shape.units_at_once, live_B1, shape.layout)
         partials = []
         for i, kv_BL in enumerate(units):
             q_ML = [
@@ -366,26 +367,25 @@ class _Core:
             partials.append(attend_unit(q_ML, kv_BL, is_seen_MB, shape.soft_cap))
         return partials
 
-    def _merge_unit(self, item: _Item, unit, partial: Partial) -> None:
-        """Into the state, which begins with the first item, and leaves with the last."""
+    def _merge_unit(self, trip, items: list[_Item], unit, partials: list[Partial]) -> None:
+        """Into the state, which begins with the first item of a row. What leaves is written for every item, as
+        a branch would keep items apart, and goes with the last one of a row."""
         chunks = range(self.shape.layout.chunks_per_unit)
-        nothing_M1 = jnp.full((self.shape.query_rows, 1), MASKED, jnp.float32)
-        sink_M1 = nothing_M1 if self.sinks_UML is None else self.sinks_UML[unit, :, :1]
-        state = Partial(
-            jnp.where(item.is_first, sink_M1, self.largest[unit, :, :1]),
-            jnp.where(item.is_first, (sink_M1 > MASKED).astype(jnp.float32), self.sums[unit, :, :1]),
-            [jnp.where(item.is_first, 0.0, self.outputs[unit, chunk]) for chunk in chunks],
-        )
-        state = merge(state, partial)
-        row_shape = self.largest.shape[1:]
-        self.largest[unit] = jnp.broadcast_to(state.max_M1, row_shape)
-        self.sums[unit] = jnp.broadcast_to(state.sum_M1, row_shape)
+        nothing_ML = jnp.full(self.largest.shape[1:], MASKED, jnp.float32)
+        sink_ML = nothing_ML if self.sinks_UML is None else self.sinks_UML[unit]
+        sink_sum_ML = (sink_ML > MASKED).astype(jnp.float32)
+        state = Partial(self.largest[unit], self.sums[unit], [self.outputs[unit, chunk] for chunk in chunks])
+        for index, (item, partial) in enumerate(zip(items, partials, strict=True)):
+            state = Partial(
+                jnp.where(item.is_first, sink_ML, state.max_ML),
+                jnp.where(item.is_first, sink_sum_ML, state.sum_ML),
+                [jnp.where(item.is_first, 0.0, out_ML) for out_ML in state.out_ML],
+            )
+            state = merge(state, partial)
+            sum_ML = jnp.maximum(state.sum_ML, 1e-30)
+            for chunk in chunks:
+                self.leaving[trip % PLACES, index, unit, chunk] = state.out_ML[chunk] / sum_ML
+        self.largest[unit] = state.max_ML
+        self.sums[unit] = state.sum_ML
         for chunk in chunks:
             self.outputs[unit, chunk] = state.out_ML[chunk]
-
-        @pl.when(item.is_last)
-        def _():
-            for chunk in chunks:
-                self.leaving[item.out_place, unit, chunk] = state.out_ML[chunk] / jnp.maximum(
-                    state.sum_M1, 1e-30
-                )

@@ -51,9 +51,11 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries, from_units, order_queries
 from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
+    NO_TILE,
     PLACES,
     Stream,
     StreamShape,
+    read_block,
     read_item,
     run_trips,
 )
@@ -213,6 +215,7 @@ def _launch(shape: PrefillShape, work: Work, q_ZL, sinks: list, kv: KVPages, int
         "outputs": pltpu.VMEM((num_units, num_chunks, shape.query_rows, LANES), jnp.float32),
         "leaving": pltpu.VMEM((tile_rows, LANES), jnp.float32),
         "left": pltpu.SemaphoreType.DMA,
+        "queries_arrived": pltpu.SemaphoreType.DMA((PLACES,)),
     }
 
     def body(tiles_FL, cores_2C, first_page_1, q_ZL, *refs):
@@ -271,22 +274,30 @@ class _Core:
     outputs: Any
     leaving: Any
     left: Any
+    queries_arrived: Any
 
     def run(self) -> None:
         """The carry is the last tile that left, or -1."""
-        last = run_trips(self.stream, self.shape.stream, self._copy_queries, self._attend_trip, jnp.int32(-1))
+        last = run_trips(self.stream, self.shape.stream, self, self._attend_trip, jnp.int32(-1))
         self._copy_out(last, lambda copy: copy.wait())
 
-    def _copy_queries(self, tile, block, place, index: int):
-        """With the first block of a tile."""
-        token_rows, tile_rows = self.shape.token_rows, self.queries.shape[1]
-        first = pl.multiple_of(self.stream.tiles_FL[TOKEN, tile] * token_rows, 8)
-        copy = pltpu.make_async_copy(
-            self.q_ZL.at[pl.ds(first, tile_rows)],
-            self.queries.at[tile % PLACES],
-            self.stream.arrived.at[place, index],
-        )
-        return block == self.stream.tiles_FL[FIRST_BLOCK, tile], copy
+    def start(self, trip) -> None:
+        self._copy_queries(trip, lambda copy: copy.start())
+
+    def wait(self, trip) -> None:
+        self._copy_queries(trip, lambda copy: copy.wait())
+
+    def _copy_queries(self, trip, act) -> None:
+        """`act` on the copy of a tile's queries, which come with its first block."""
+        tile, block = read_item(self.stream, self.shape.stream, trip, 0)
+        known = jnp.maximum(tile, 0)
+
+        @pl.when((tile != NO_TILE) & (block == self.stream.tiles_FL[FIRST_BLOCK, known]))
+        def _():
+            token_rows, tile_rows = self.shape.token_rows, self.queries.shape[1]
+            first = pl.multiple_of(self.stream.tiles_FL[TOKEN, known] * token_rows, 8)
+            source, place = self.q_ZL.at[pl.ds(first, tile_rows)], known % PLACES
+            act(pltpu.make_async_copy(source, self.queries.at[place], self.queries_arrived.at[place]))
 
     def _copy_out(self, tile, act) -> None:
         """`act` on each copy that takes live tokens of a tile away."""
@@ -356,10 +367,10 @@ class _Core:
         place, first_token = trip % PLACES, block * self.shape.blocks.block_tokens
         position, kv_len = self.stream.tiles_FL[POSITION, tile], self.stream.tiles_FL[KV_LEN, tile]
         live_B1 = find_live(kv_len, position, first_token, block_tokens, shape.window)
-        scales = self.stream.scales
+        words, scales = read_block(self.stream, shape.stream, place, 0)
         units = load_units(
-            self.stream.words.at[place, 0],
-            None if scales is None else scales.at[place, 0],
+            words,
+            scales,
             0 if shape.units_at_once == shape.layout.num_units else first_unit,
             shape.units_at_once,
             live_B1,
@@ -391,14 +402,13 @@ class _Core:
             self.shape.soft_cap,
         )
         state = Partial(
-            self.largest[unit, rows, :1],
-            self.sums[unit, rows, :1],
+            self.largest[unit, rows],
+            self.sums[unit, rows],
             [self.outputs[unit, chunk, rows] for chunk in chunks],
         )
         state = merge(state, partial)
-        shape_ML = (is_seen_MB.shape[0], LANES)
-        self.largest[unit, rows] = jnp.broadcast_to(state.max_M1, shape_ML)
-        self.sums[unit, rows] = jnp.broadcast_to(state.sum_M1, shape_ML)
+        self.largest[unit, rows] = state.max_ML
+        self.sums[unit, rows] = state.sum_ML
         for chunk in chunks:
             self.outputs[unit, chunk, rows] = state.out_ML[chunk]
 

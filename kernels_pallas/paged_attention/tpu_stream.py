@@ -2,21 +2,26 @@
 
 Items (a tile and a block of its tokens) come in trips of E. While trip t is attended to, the pages of t + 1
 arrive, and the page ids of t + 2: a row of the block table stays in HBM, and 128 ids of it come to SMEM, so
-that no table is too large. Copies end in the order of nothing, so a place is waited for as a whole.
+that no table is too large. Copies end in the order of nothing, so a trip is waited for as a whole.
 
     trip      ids to SMEM      pages to VMEM     attended
     t + 2     asked for
     t + 1     awaited, read    asked for
     t                          awaited           now
 
-Knows tiles only by the fields of tpu_plan.py, and queries as a copy that its caller makes with the pages.
+A core's scalar unit is as busy as the others where pages are small. So ids come for items that there are not,
+pages are asked for without a branch, and all pages of a trip share one semaphore, which is waited for by
+powers of two of them.
+
+Knows tiles only by the fields of tpu_plan.py, and queries as copies that its caller makes with the pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +42,8 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
 NO_TILE = -1
 ITEM_PLACES = 3  # trips whose items are known
 PLACES = 2  # trips whose pages have a place
+UNROLLED_PAGES = 8  # of an item, asked for without a loop
+TILE, BLOCK, ITEM_PAGES, ITEM_FIELDS = range(4)
 
 
 class Stream(NamedTuple):
@@ -48,7 +55,7 @@ class Stream(NamedTuple):
     table_R1W: Any
     words_PML: Any  # M rows of a page
     scales_PML: Any
-    items: Any  # tile and block of each item of ITEM_PLACES trips
+    items: Any  # ITEM_FIELDS of each item of ITEM_PLACES trips
     page_ids: Any
     words: Any
     scales: Any
@@ -61,6 +68,16 @@ class Cursor(NamedTuple):
 
     tile: jax.Array
     block: jax.Array
+
+
+class Queries(Protocol):
+    """The copies of queries that go with the pages of a trip."""
+
+    def start(self, trip: jax.Array) -> None: ...
+
+    def wait(self, trip: jax.Array) -> None:
+        """Also of the trip behind the last one."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,27 +95,21 @@ class StreamShape:
         num_items, block_tokens = self.blocks.num_items, self.blocks.block_tokens
 
         def rows(rows_per_token: int) -> Any:
-            return pltpu.VMEM((PLACES, num_items, block_tokens * rows_per_token, LANES), jnp.int32)
+            return pltpu.VMEM((PLACES, num_items * block_tokens * rows_per_token, LANES), jnp.int32)
 
         scratch = {
-            "items": pltpu.SMEM((ITEM_PLACES * num_items * 2,), jnp.int32),
-            "page_ids": pltpu.SMEM((PLACES, num_items, 1, LANES), jnp.int32),
+            "items": pltpu.SMEM((ITEM_PLACES * num_items * ITEM_FIELDS,), jnp.int32),
+            "page_ids": pltpu.SMEM((PLACES * num_items * LANES,), jnp.int32),
             "words": rows(self.layout.num_rows),
-            "ids_arrived": pltpu.SemaphoreType.DMA((PLACES, num_items)),
-            "arrived": pltpu.SemaphoreType.DMA((PLACES, num_items)),
+            "ids_arrived": pltpu.SemaphoreType.DMA((PLACES,)),
+            "arrived": pltpu.SemaphoreType.DMA((PLACES,)),
         }
         if self.layout.has_scales:
             scratch["scales"] = rows(self.layout.num_scale_rows)
         return scratch
 
 
-# Copies of queries that go with the pages of an item: of (tile, block, place, index of the item).
-QueryCopy = Callable[[jax.Array, jax.Array, jax.Array, int], Any]
-
-
-def run_trips(
-    stream: Stream, shape: StreamShape, copy_queries: QueryCopy, attend: Callable, carry: Any
-) -> Any:
+def run_trips(stream: Stream, shape: StreamShape, queries: Queries, attend: Callable, carry: Any) -> Any:
     """`attend(trip, carry)` for each trip of this core, whose items have arrived; its last carry."""
     core = pl.program_id(0)
     first_tile, num_items = stream.cores_2C[FIRST_TILE, core], stream.cores_2C[NUM_ITEMS, core]
@@ -106,23 +117,41 @@ def run_trips(
     cursor = Cursor(first_tile, stream.tiles_FL[FIRST_BLOCK, first_tile])
     for trip in range(2):
         cursor = _announce(stream, shape, jnp.int32(trip), cursor, num_items)
-    _bring(stream, shape, jnp.int32(0), copy_queries)
+    num_pages = _bring(stream, shape, jnp.int32(0), queries)
 
-    def take_trip(trip, cursor_carry):
-        cursor, carry = cursor_carry
+    def take_trip(trip, state):
+        cursor, num_pages, carry = state
         cursor = _announce(stream, shape, trip + 2, cursor, num_items)
-        _bring(stream, shape, trip + 1, copy_queries)
-        _await(stream, shape, trip, copy_queries)
-        return cursor, attend(trip, carry)
+        num_coming = _bring(stream, shape, trip + 1, queries)
+        _await_pages(stream, shape, trip, num_pages)
+        queries.wait(trip)
+        return cursor, num_coming, attend(trip, carry)
 
-    _, carry = jax.lax.fori_loop(jnp.int32(0), num_trips, take_trip, (cursor, carry))
+    *_, carry = jax.lax.fori_loop(jnp.int32(0), num_trips, take_trip, (cursor, num_pages, carry))
+    queries.wait(num_trips)  # what came for nobody
+    _copy_ids(stream, shape, num_trips + 1).wait()
     return carry
 
 
 def read_item(stream: Stream, shape: StreamShape, trip: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
     """Tile and block of an item that is on its way; NO_TILE behind the last one."""
-    first = (trip % ITEM_PLACES * shape.blocks.num_items + index) * 2
-    return stream.items[first], stream.items[first + 1]
+    first = _find_item(shape, trip, index)
+    return stream.items[first + TILE], stream.items[first + BLOCK]
+
+
+def read_block(stream: Stream, shape: StreamShape, place: jax.Array, index: int) -> tuple[Any, Any]:
+    """References to an item's words, and to its scales or None."""
+
+    def cut(buffer: Any, rows_per_token: int) -> Any:
+        num_rows = shape.blocks.block_tokens * rows_per_token
+        return buffer.at[place, pl.ds(index * num_rows, num_rows)]
+
+    words = cut(stream.words, shape.layout.num_rows)
+    return words, cut(stream.scales, shape.layout.num_scale_rows) if shape.layout.has_scales else None
+
+
+def _find_item(shape: StreamShape, trip: jax.Array, index: int) -> jax.Array:
+    return (trip % ITEM_PLACES * shape.blocks.num_items + index) * ITEM_FIELDS
 
 
 def _announce(
@@ -133,14 +162,20 @@ def _announce(
     for index in range(shape.blocks.num_items):
         is_there = trip * shape.blocks.num_items + index < num_items
         tile, block = cursor
-        first = (trip % ITEM_PLACES * shape.blocks.num_items + index) * 2
-        stream.items[first] = jnp.where(is_there, tile, NO_TILE)
-        stream.items[first + 1] = block
-
-        @pl.when(is_there)
-        def _(tile=tile, block=block, index=index):
-            _copy_ids(stream, shape, tile, block, trip, index).start()
-
+        tokens = stream.tiles_FL[KV_LEN, tile] - block * shape.blocks.block_tokens
+        num_pages = jnp.minimum((tokens + shape.page_size - 1) // shape.page_size, shape.pages_per_block)
+        first = _find_item(shape, trip, index)
+        stream.items[first + TILE] = jnp.where(is_there, tile, NO_TILE)
+        stream.items[first + BLOCK] = block
+        stream.items[first + ITEM_PAGES] = jnp.where(is_there, num_pages, 0)
+        # Of no item the first ids, which nobody reads.
+        piece = jnp.where(is_there, block, 0) * shape.pages_per_block // LANES
+        ids = pl.ds(pl.multiple_of(piece * LANES, LANES), LANES)
+        pltpu.make_async_copy(
+            stream.table_R1W.at[stream.tiles_FL[RUN, tile], 0, ids],
+            stream.page_ids.at[pl.ds(_find_ids(shape, trip, index), LANES)],
+            stream.ids_arrived.at[trip % PLACES],
+        ).start()
         is_last = block + 1 >= stream.tiles_FL[END_BLOCK, tile]
         next_tile = jnp.minimum(tile + 1, last_tile)
         cursor = Cursor(
@@ -150,74 +185,65 @@ def _announce(
     return cursor
 
 
-def _copy_ids(stream: Stream, shape: StreamShape, tile, block, trip, index: int) -> Any:
-    piece = block * shape.pages_per_block // LANES
-    ids = pl.ds(pl.multiple_of(piece * LANES, LANES), LANES)
-    return pltpu.make_async_copy(
-        stream.table_R1W.at[stream.tiles_FL[RUN, tile], :, ids],
-        stream.page_ids.at[trip % PLACES, index],
-        stream.ids_arrived.at[trip % PLACES, index],
-    )
+def _find_ids(shape: StreamShape, trip: jax.Array, index: int) -> jax.Array:
+    return pl.multiple_of((trip % PLACES * shape.blocks.num_items + index) * LANES, LANES)
 
 
-def _bring(stream: Stream, shape: StreamShape, trip: jax.Array, copy_queries: QueryCopy) -> None:
-    """Ask for the pages of a trip, and for queries."""
+def _copy_ids(stream: Stream, shape: StreamShape, trip: jax.Array) -> Any:
+    """A copy of as many bytes as all ids of a trip, to wait for."""
+    ids = stream.page_ids.at[pl.ds(_find_ids(shape, trip, 0), shape.blocks.num_items * LANES)]
+    return pltpu.make_async_copy(ids, ids, stream.ids_arrived.at[trip % PLACES])
+
+
+def _bring(stream: Stream, shape: StreamShape, trip: jax.Array, queries: Queries) -> jax.Array:
+    """Ask for the pages of a trip, and for queries. How many pages."""
+    queries.start(trip)
+    _copy_ids(stream, shape, trip).wait()
+    num_coming = jnp.int32(0)
     for index in range(shape.blocks.num_items):
-        tile, block = read_item(stream, shape, trip, index)
+        item = _find_item(shape, trip, index)
+        first_id = _find_ids(shape, trip, index)
+        first_id += stream.items[item + BLOCK] * shape.pages_per_block % LANES
+        num_pages = stream.items[item + ITEM_PAGES]
+        num_coming += num_pages
 
-        @pl.when(tile != NO_TILE)
-        def _(tile=tile, block=block, index=index):
-            _copy_ids(stream, shape, tile, block, trip, index).wait()
-            first = block * shape.pages_per_block % LANES
+        def bring_page(i, page_id, index=index):
+            for copy in _copy_page(stream, shape, stream.first_page_1[0] + page_id, i, trip, index):
+                copy.start()
 
-            def bring_page(i, _):
-                page_id = stream.first_page_1[0] + stream.page_ids[trip % PLACES, index, 0, first + i]
-                for copy in _copy_page(stream, shape, page_id, i, trip, index):
-                    copy.start()
-
-            jax.lax.fori_loop(0, _count_pages(stream, shape, tile, block), bring_page, None)
-            with_queries(copy_queries, tile, block, trip, index, lambda copy: copy.start())
-
-
-def _await(stream: Stream, shape: StreamShape, trip: jax.Array, copy_queries: QueryCopy) -> None:
-    """Wait for what `_bring` asked for."""
-    for index in range(shape.blocks.num_items):
-        tile, block = read_item(stream, shape, trip, index)
-
-        @pl.when(tile != NO_TILE)
-        def _(tile=tile, block=block, index=index):
-            def await_page(i, _):
-                for copy in _copy_page(stream, shape, 0, i, trip, index):
-                    copy.wait()
-
-            jax.lax.fori_loop(0, _count_pages(stream, shape, tile, block), await_page, None)
-            with_queries(copy_queries, tile, block, trip, index, lambda copy: copy.wait())
-
-
-def with_queries(copy_queries: QueryCopy, tile, block, trip, index: int, act: Callable[[Any], None]) -> None:
-    """`act` on the copy of an item's queries, where it has one."""
-    is_wanted, copy = copy_queries(tile, block, trip % PLACES, index)
-
-    @pl.when(is_wanted)
-    def _():
-        act(copy)
-
-
-def _count_pages(stream: Stream, shape: StreamShape, tile, block) -> jax.Array:
-    """Pages of a block up to the last token that the tile sees."""
-    tokens = stream.tiles_FL[KV_LEN, tile] - block * shape.blocks.block_tokens
-    return jnp.minimum((tokens + shape.page_size - 1) // shape.page_size, shape.pages_per_block)
+        if shape.pages_per_block > UNROLLED_PAGES:
+            jax.lax.fori_loop(0, num_pages, lambda i, _: bring_page(i, stream.page_ids[first_id + i]), None)
+            continue
+        for i in range(shape.pages_per_block):
+            page_id = stream.page_ids[first_id + i]  # read ahead of the condition, which then is no branch
+            pl.when(i < num_pages)(partial(bring_page, i, page_id))
+    return num_coming
 
 
 def _copy_page(stream: Stream, shape: StreamShape, page_id, i, trip, index: int) -> list[Any]:
     """The copies of page i of a block: values, and scales where there are some."""
-    place = trip % PLACES
     copies = []
     for pool, buffer in ((stream.words_PML, stream.words), (stream.scales_PML, stream.scales)):
         if pool is None:
             continue
         num_rows = pool.shape[1]
-        rows = pl.ds(pl.multiple_of(i * num_rows, 8), num_rows)
-        target = buffer.at[place, index, rows]
-        copies.append(pltpu.make_async_copy(pool.at[page_id], target, stream.arrived.at[place, index]))
+        first_row = (index * shape.pages_per_block + i) * num_rows
+        rows = pl.ds(pl.multiple_of(first_row, 8), num_rows)
+        target = buffer.at[trip % PLACES, rows]
+        copies.append(pltpu.make_async_copy(pool.at[page_id], target, stream.arrived.at[trip % PLACES]))
     return copies
+
+
+def _await_pages(stream: Stream, shape: StreamShape, trip: jax.Array, num_pages: jax.Array) -> None:
+    """Wait for what `_bring` asked for: a semaphore counts bytes, whatever copies they are of."""
+    place = trip % PLACES
+    most = shape.blocks.num_items * shape.pages_per_block
+    pools = [(stream.words_PML, stream.words), (stream.scales_PML, stream.scales)]
+    for bit in range(most.bit_length()):
+
+        @pl.when((num_pages & (1 << bit)) != 0)
+        def _(bit=bit):
+            for pool, buffer in pools:
+                if pool is not None:
+                    rows = buffer.at[place, pl.ds(0, pool.shape[1] << bit)]
+                    pltpu.make_async_copy(rows, rows, stream.arrived.at[place]).wait()
