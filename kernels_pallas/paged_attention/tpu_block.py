@@ -1,8 +1,8 @@
 """Attention of some queries to one block of tokens, on values that a TPU core has at hand.
 
-Shared by the kernels of decode and prefill. Words are unpacked by shifts, int8 is scaled before the products
-(its scales are spread over the channels by a product with zeros and ones, which is exact), and what a block
-holds beside the tokens that are seen is cleared, whatever it is. Operands are bf16, sums float32.
+Shared by the kernels of decode and prefill. Words are unpacked by shifts, and what a block holds beside the
+tokens that are seen is cleared, whatever it is. Operands are bf16, in which whole numbers of int8 are exact,
+and sums float32. Knows no scales of int8 (tpu_scales.py).
 
 Letters: M query rows, B tokens of a block, L = 128 lanes; a unit of KV heads has one or two chunks of lanes.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxserve.kernels_pallas.kv_pages import LANES, PagesLayout, scale_of_channel
+from jaxserve.kernels_pallas.kv_pages import PagesLayout
 
 MASKED = -1e30  # finite, so that what sees nothing gives exp(0) and never NaN
 
@@ -30,12 +30,12 @@ class Partial(NamedTuple):
 
 
 def load_units(
-    words_ref: Any, scales_ref: Any, first_unit: Any, num_units: int, live_B1: jax.Array, layout: PagesLayout
+    words_ref: Any, first_unit: Any, num_units: int, live_B1: jax.Array, layout: PagesLayout
 ) -> list[list[tuple[jax.Array, jax.Array]]]:
-    """K and V of units, chunk by chunk, bf16 [B, L], zero where not live.
+    """K and V of units, chunk by chunk, float32 [B, L]; of int8 without their scales, of the others zero where
+    not live.
 
-    The references are to all rows of a block, token by token. `first_unit` may be traced where it begins a
-    row.
+    The reference is to all rows of a block, token by token. `first_unit` may be traced where it begins a row.
     """
     per_unit, per_row = layout.chunks_per_unit, layout.chunks_per_row
     num_chunks = num_units * per_unit
@@ -43,35 +43,45 @@ def load_units(
     skipped = 0 if per_row == 1 or not isinstance(first_unit, int) else first_unit * per_unit % per_row
     chunks: list[Any] = []
     for row in range(-(-(skipped + num_chunks) // per_row)):
-        words_BL = _load_rows(words_ref, first_row + row, layout.num_rows, live_B1)
+        words_BL = load_rows(words_ref, first_row + row, layout.num_rows, live_B1.shape[0])
+        if layout.kv_dtype != "int8":  # which has no NaN
+            words_BL = jnp.where(live_B1, words_BL, 0)
         chunks += _unpack(words_BL, layout.kv_dtype)
     chunks = chunks[skipped : skipped + num_chunks]
-    units = [chunks[i * per_unit : (i + 1) * per_unit] for i in range(num_units)]
-    if layout.has_scales:
-        units = [
-            _scale_unit(unit, scales_ref, first_unit + i, live_B1, layout) for i, unit in enumerate(units)
-        ]
-    return [[(k_BL.astype(jnp.bfloat16), v_BL.astype(jnp.bfloat16)) for k_BL, v_BL in unit] for unit in units]
+    return [chunks[i * per_unit : (i + 1) * per_unit] for i in range(num_units)]
 
 
-def attend_unit(
-    q_ML: list[jax.Array],
-    kv_BL: list[tuple[jax.Array, jax.Array]],
+def load_rows(ref: Any, row: Any, rows_per_token: int, num_tokens: int) -> jax.Array:
+    """One row of every token, int32 [B, L]."""
+    return ref[pl.ds(row, num_tokens, stride=rows_per_token), :]
+
+
+def attend(
+    score_MB: jax.Array,
+    v_BL: list[jax.Array],
     is_seen_MB: jax.Array,
     soft_cap: float | None,
+    v_scale_MB: jax.Array | None = None,
 ) -> Partial:
-    """Queries, scaled, against one unit: both chunk by chunk."""
-    score_MB: Any = sum(_product(q, k, 1) for q, (k, _) in zip(q_ML, kv_BL, strict=True))
+    """Scores of queries against one unit, and its V chunk by chunk, each token of it times a scale."""
     if soft_cap is not None:
         score_MB = soft_cap * jnp.tanh(score_MB / soft_cap)
     score_MB = jnp.where(is_seen_MB, score_MB, MASKED)
     max_M1 = jnp.max(score_MB, axis=1, keepdims=True)
     p_MB = jnp.exp(score_MB - max_M1)
     sum_M1 = jnp.sum(p_MB, axis=1, keepdims=True)
+    if v_scale_MB is not None:
+        p_MB = jnp.where(is_seen_MB, p_MB * v_scale_MB, 0.0)
     p_MB = p_MB.astype(jnp.bfloat16)
-    out_ML = [_product(p_MB, v_BL, 0) for _, v_BL in kv_BL]
+    out_ML = [product(p_MB, x_BL, 0) for x_BL in v_BL]
     max_ML, sum_ML = (jnp.broadcast_to(x_M1, out_ML[0].shape) for x_M1 in (max_M1, sum_M1))
     return Partial(max_ML, sum_ML, out_ML)
+
+
+def score(q_ML: list[jax.Array], k_BL: list[jax.Array]) -> jax.Array:
+    """Queries, scaled, by K of one unit, both chunk by chunk: float32 [M, B]."""
+    products = [product(q, k, 1) for q, k in zip(q_ML, k_BL, strict=True)]
+    return sum(products[1:], products[0])
 
 
 def merge(one: Partial, other: Partial) -> Partial:
@@ -105,28 +115,21 @@ def find_live(
     return is_live_B1
 
 
-def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """a [M, X] by an axis of b, float32."""
+def product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """a [M, X] by an axis of b, of bf16, float32."""
     dimensions = (((1,), (axis,)), ((), ()))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
-
-
-def _load_rows(ref: Any, row: Any, rows_per_token: int, live_B1: jax.Array) -> jax.Array:
-    """One row of every token, int32 [B, L], zero where not live."""
-    num_tokens = live_B1.shape[0]
-    words_BL = ref[pl.ds(row, num_tokens, stride=rows_per_token), :]
-    return jnp.where(live_B1, words_BL, 0)
 
 
 def _unpack(words_BL: jax.Array, kv_dtype: str) -> list[tuple[jax.Array, jax.Array]]:
     """K and V of the chunks of a row, float32."""
     if kv_dtype == "bfloat16":
-        return [_unpack_halves(words_BL)]
+        return [unpack_halves(words_BL)]
     unpack = _unpack_int8 if kv_dtype == "int8" else _unpack_fp8
     return [(unpack(words_BL, byte), unpack(words_BL, byte + 2)) for byte in range(2)]
 
 
-def _unpack_halves(words_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
+def unpack_halves(words_BL: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The low and the high 16 bits of words: a bf16 is the upper half of a float32."""
     return _as_float(words_BL << 16), _as_float(words_BL & -65536)
 
@@ -144,30 +147,6 @@ def _unpack_fp8(words_BL: jax.Array, byte: int) -> jax.Array:
     value_BL = jnp.where(size_BL < 8, small_BL, normal_BL)
     value_BL = jnp.where(size_BL == 0x7F, jnp.nan, value_BL)
     return jnp.where((bits_BL & 0x80) != 0, -value_BL, value_BL)
-
-
-def _scale_unit(
-    chunks: list[tuple[jax.Array, jax.Array]],
-    scales_ref: Any,
-    unit: Any,
-    live_B1: jax.Array,
-    layout: PagesLayout,
-) -> list[tuple[jax.Array, jax.Array]]:
-    num_scales = layout.scales_per_unit
-    units_per_row = LANES // num_scales
-    words_BL = _load_rows(scales_ref, unit // units_per_row, layout.num_scale_rows, live_B1)
-    scales = [half.astype(jnp.bfloat16) for half in _unpack_halves(words_BL)]
-    first_lane = unit % units_per_row * num_scales
-    scaled = []
-    for index, chunk in enumerate(chunks):
-        shape = (LANES, LANES)
-        channel_LL = jax.lax.broadcasted_iota(jnp.int32, shape, 1) + index * LANES
-        lane_LL = jax.lax.broadcasted_iota(jnp.int32, shape, 0) - first_lane
-        is_for_LL = scale_of_channel(channel_LL, layout) == lane_LL
-        ones_LL = jnp.where(is_for_LL, 1.0, 0.0).astype(jnp.bfloat16)
-        k_BL, v_BL = (x_BL * _product(s_BL, ones_LL, 0) for x_BL, s_BL in zip(chunk, scales, strict=True))
-        scaled.append((k_BL, v_BL))
-    return scaled
 
 
 def _as_float(words: jax.Array) -> jax.Array:

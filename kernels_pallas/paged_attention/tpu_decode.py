@@ -23,10 +23,11 @@ from jaxserve.kernels_pallas.kv_pages import LANES, KVPages, PagesLayout
 from jaxserve.kernels_pallas.paged_attention.tpu_block import (
     MASKED,
     Partial,
-    attend_unit,
+    attend,
     find_live,
     load_units,
     merge,
+    score,
     see,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
@@ -48,6 +49,12 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     pad_table,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries, from_units, order_queries
+from jaxserve.kernels_pallas.paged_attention.tpu_scales import (
+    count_turned,
+    score_scaled,
+    spread_v_scales,
+    turn_scales,
+)
 from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
     NO_TILE,
     PLACES,
@@ -79,6 +86,16 @@ class DecodeShape:
     def query_rows(self) -> int:
         """M."""
         return pad_sublanes(self.blocks.tile_tokens * self.heads_per_unit)
+
+    def find_heads(self, row_M1: jax.Array) -> jax.Array:
+        """Which KV head of a unit the rows are for."""
+        group = self.heads_per_unit // self.layout.heads_per_unit
+        head_M1 = row_M1 * 0
+        for token in range(self.blocks.tile_tokens):
+            for head in range(1, self.layout.heads_per_unit):
+                first_row = token * self.heads_per_unit + head * group
+                head_M1 += ((row_M1 >= first_row) & (row_M1 < first_row + group)).astype(jnp.int32) * head
+        return head_M1
 
     @property
     def units_at_once(self) -> int:
@@ -208,6 +225,10 @@ def _launch(shape: DecodeShape, work: Work, q_RUAML, sinks: list, kv: KVPages, i
         "left": pltpu.SemaphoreType.DMA((PLACES,)),
         "queries_arrived": pltpu.SemaphoreType.DMA((PLACES,)),
     }
+    if shape.layout.has_scales:
+        for name, num_rows in zip(("k_scales", "v_scales"), count_turned(shape.layout), strict=True):
+            turned_shape = (shape.blocks.num_items, num_rows, shape.blocks.block_tokens)
+            scratch[name] = pltpu.VMEM(turned_shape, jnp.float32)
 
     def body(tiles_FL, cores_2C, first_page_1, q_RUAML, *refs):
         sinks_UML = refs[0] if sinks else None
@@ -273,6 +294,8 @@ class _Core:
     leaving: Any
     left: Any
     queries_arrived: Any
+    k_scales: Any = None  # of an int8 pool
+    v_scales: Any = None
 
     def run(self) -> None:
         """The carry is how many rows the last two trips finished, whose outputs may be on their way."""
@@ -310,6 +333,10 @@ class _Core:
     def _attend_trip(self, trip, counts):
         items = self._list_items(trip)
         self._await_outputs(trip, counts[0])
+        if self.shape.layout.has_scales:
+            for index in range(len(items)):
+                _, scales = read_block(self.stream, self.shape.stream, trip % PLACES, index)
+                turn_scales(scales, self.k_scales.at[index], self.v_scales.at[index], self.shape.layout)
         units_at_once = self.shape.units_at_once
         if units_at_once == self.shape.layout.num_units:
             self._attend_units(trip, items, 0)
@@ -356,15 +383,23 @@ class _Core:
             for token in range(1, blocks.tile_tokens)
         )
         is_seen_MB = see(position + ahead_M1 + row_M1 * 0, first_token, blocks.block_tokens, shape.window)
-        words, scales = read_block(self.stream, shape.stream, place, index)
-        units = load_units(words, scales, first_unit, shape.units_at_once, live_B1, shape.layout)
+        words, _ = read_block(self.stream, shape.stream, place, index)
+        units = load_units(words, first_unit, shape.units_at_once, live_B1, shape.layout)
         partials = []
-        for i, kv_BL in enumerate(units):
+        for i, unit in enumerate(units):
             q_ML = [
-                (self.queries[place, index, first_unit + i, chunk] * shape.scale).astype(jnp.bfloat16)
+                self.queries[place, index, first_unit + i, chunk] * shape.scale
                 for chunk in range(shape.layout.chunks_per_unit)
             ]
-            partials.append(attend_unit(q_ML, kv_BL, is_seen_MB, shape.soft_cap))
+            k_BL, v_BL = ([x.astype(jnp.bfloat16) for x in of_chunks] for of_chunks in zip(*unit, strict=True))
+            v_scale_MB = None
+            if not shape.layout.has_scales:
+                score_MB = score([q.astype(jnp.bfloat16) for q in q_ML], k_BL)
+            else:
+                score_MB = score_scaled(q_ML, k_BL, self.k_scales.at[index], first_unit + i, shape.layout)
+                v_scales = self.v_scales.at[index]
+                v_scale_MB = spread_v_scales(shape.find_heads(row_M1), v_scales, first_unit + i, shape.layout)
+            partials.append(attend(score_MB, v_BL, is_seen_MB, shape.soft_cap, v_scale_MB))
         return partials
 
     def _merge_unit(self, trip, items: list[_Item], unit, partials: list[Partial]) -> None:

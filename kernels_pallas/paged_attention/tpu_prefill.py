@@ -25,10 +25,11 @@ from jaxserve.kernels_pallas.kv_pages import LANES, KVPages, PagesLayout
 from jaxserve.kernels_pallas.paged_attention.tpu_block import (
     MASKED,
     Partial,
-    attend_unit,
+    attend,
     find_live,
     load_units,
     merge,
+    score,
     see,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
@@ -50,6 +51,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     pad_table,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries, from_units, order_queries
+from jaxserve.kernels_pallas.paged_attention.tpu_scales import load_scales, scale_unit
 from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
     NO_TILE,
     PLACES,
@@ -368,18 +370,15 @@ class _Core:
         position, kv_len = self.stream.tiles_FL[POSITION, tile], self.stream.tiles_FL[KV_LEN, tile]
         live_B1 = find_live(kv_len, position, first_token, block_tokens, shape.window)
         words, scales = read_block(self.stream, shape.stream, place, 0)
-        units = load_units(
-            words,
-            scales,
-            0 if shape.units_at_once == shape.layout.num_units else first_unit,
-            shape.units_at_once,
-            live_B1,
-            shape.layout,
-        )
+        starts_at = 0 if shape.units_at_once == shape.layout.num_units else first_unit
+        units = load_units(words, starts_at, shape.units_at_once, live_B1, shape.layout)
         for i, unit in enumerate(units):
+            if scales is not None:
+                of_unit = load_scales(scales, starts_at + i, block_tokens, shape.layout)
+                unit = scale_unit(unit, of_unit, live_B1, shape.layout)
             for chunk, (k_BL, v_BL) in enumerate(unit):
-                self.keys[i, chunk] = k_BL
-                self.values[i, chunk] = v_BL
+                self.keys[i, chunk] = k_BL.astype(jnp.bfloat16)
+                self.values[i, chunk] = v_BL.astype(jnp.bfloat16)
         num_pieces = shape.heads_per_unit // shape.heads_at_once
         rows_at_once = shape.heads_at_once * shape.blocks.tile_tokens
         token_M1 = jax.lax.broadcasted_iota(jnp.int32, (rows_at_once, 1), 0) & (shape.blocks.tile_tokens - 1)
@@ -395,12 +394,11 @@ class _Core:
     def _attend_rows(self, i, unit, rows, is_seen_MB) -> None:
         """Rows of queries of one unit against the block, and into the state."""
         chunks = range(self.shape.layout.chunks_per_unit)
-        partial = attend_unit(
-            [self.operands[unit, chunk, rows] for chunk in chunks],
-            [(self.keys[i, chunk], self.values[i, chunk]) for chunk in chunks],
-            is_seen_MB,
-            self.shape.soft_cap,
+        score_MB = score(
+            [self.operands[unit, chunk, rows] for chunk in chunks], [self.keys[i, chunk] for chunk in chunks]
         )
+        values = [self.values[i, chunk] for chunk in chunks]
+        partial = attend(score_MB, values, is_seen_MB, self.shape.soft_cap)
         state = Partial(
             self.largest[unit, rows],
             self.sums[unit, rows],
