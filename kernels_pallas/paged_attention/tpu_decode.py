@@ -23,12 +23,13 @@ from jaxserve.kernels_pallas.kv_pages import LANES, KVPages, PagesLayout
 from jaxserve.kernels_pallas.paged_attention.tpu_block import (
     MASKED,
     Partial,
-    attend,
+    Words,
+    add_up,
     find_live,
-    load_units,
     merge,
     score,
     see,
+    weigh,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     ANOTHER_CHIP,
@@ -73,6 +74,7 @@ class DecodeShape:
     scale: float
     window: int | None
     soft_cap: float | None
+    adds_bf16: bool
 
     @property
     def layout(self) -> PagesLayout:
@@ -144,6 +146,7 @@ def paged_decode(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
+        adds_bf16=chip.adds_bf16,
     )
     if work is None:
         rows = (table_XW, slot_R, kv_len_R)
@@ -263,7 +266,7 @@ def _launch(shape: DecodeShape, work: Work, q_RUAML, sinks: list, kv: KVPages, i
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
             vmem_limit_bytes=VMEM_LIMIT_BYTES,
-            disable_bounds_checks=True,  # of copies: with pages of one head half of all scalar instructions
+            disable_bounds_checks=True,  # of copies: a third of a page's instructions
         ),
         name="paged_decode",
         interpret=interpret,
@@ -276,6 +279,15 @@ class _Item:
     block: jax.Array
     is_first: jax.Array  # of its row
     is_last: jax.Array
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """The tokens of an item."""
+
+    words: Words
+    live_B1: jax.Array
+    is_seen_MB: jax.Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,45 +378,73 @@ class _Core:
         return items
 
     def _attend_units(self, trip, items: list[_Item], first_unit) -> None:
-        """All partials, so that they overlap, then the merging, which must follow the order of the items."""
-        partials = [self._attend_item(trip, item, i, first_unit) for i, item in enumerate(items)]
-        for i in range(self.shape.units_at_once):
+        """Each step of all items before the next, as products and maxima take long to come: first the scores,
+        then the weights, then the outputs, then the merging, which must follow the order of the items."""
+        num_units = self.shape.units_at_once
+        blocks = [self._find_block(trip, item, index) for index, item in enumerate(items)]
+        scores = [self._score_item(trip, block, index, first_unit) for index, block in enumerate(blocks)]
+        weights = [
+            [
+                weigh(
+                    score_MB,
+                    block.is_seen_MB,
+                    self.shape.soft_cap,
+                    self._find_v_scales(index, first_unit + i),
+                )
+                for i, score_MB in enumerate(of_units)
+            ]
+            for index, (block, of_units) in enumerate(zip(blocks, scores, strict=True))
+        ]
+        partials = []
+        for block, of_units in zip(blocks, weights, strict=True):
+            values = block.words.load_v(first_unit, num_units, block.live_B1)
+            partials.append([add_up(w, _to_bf16(v)) for w, v in zip(of_units, values, strict=True)])
+        for i in range(num_units):
             self._merge_unit(trip, items, first_unit + i, [of_units[i] for of_units in partials])
 
-    def _attend_item(self, trip, item: _Item, index: int, first_unit) -> list[Partial]:
-        shape, blocks, place = self.shape, self.shape.blocks, trip % PLACES
-        first_token = item.block * blocks.block_tokens
+    def _find_block(self, trip, item: _Item, index: int) -> _Block:
+        shape, num_tokens = self.shape, self.shape.blocks.block_tokens
+        first_token = item.block * num_tokens
         position = self.stream.tiles_FL[POSITION, item.tile]
         kv_len = self.stream.tiles_FL[KV_LEN, item.tile]
-        live_B1 = find_live(kv_len, position, first_token, blocks.block_tokens, shape.window)
         row_M1 = jax.lax.broadcasted_iota(jnp.int32, (shape.query_rows, 1), 0)
         ahead_M1 = sum(
             (row_M1 >= token * shape.heads_per_unit).astype(jnp.int32)
-            for token in range(1, blocks.tile_tokens)
+            for token in range(1, shape.blocks.tile_tokens)
         )
-        is_seen_MB = see(position + ahead_M1 + row_M1 * 0, first_token, blocks.block_tokens, shape.window)
-        words, _ = read_block(self.stream, shape.stream, place, index)
-        units = load_units(words, first_unit, shape.units_at_once, live_B1, shape.layout)
-        partials = []
-        for i, unit in enumerate(units):
+        words, _ = read_block(self.stream, shape.stream, trip % PLACES, index)
+        position_M1 = position + ahead_M1 + row_M1 * 0
+        return _Block(
+            Words(words, shape.layout, shape.adds_bf16),
+            find_live(kv_len, position, first_token, num_tokens, shape.window),
+            see(position_M1, first_token, num_tokens, shape.window, shape.layout),
+        )
+
+    def _score_item(self, trip, block: _Block, index: int, first_unit) -> list[jax.Array]:
+        """Of units, [M, B]."""
+        scores = []
+        for i, k_BL in enumerate(block.words.load_k(first_unit, self.shape.units_at_once)):
             q_ML = [
-                self.queries[place, index, first_unit + i, chunk] * shape.scale
-                for chunk in range(shape.layout.chunks_per_unit)
+                self.queries[trip % PLACES, index, first_unit + i, chunk] * self.shape.scale
+                for chunk in range(self.shape.layout.chunks_per_unit)
             ]
-            k_BL, v_BL = ([x.astype(jnp.bfloat16) for x in of_chunks] for of_chunks in zip(*unit, strict=True))
-            v_scale_MB = None
-            if not shape.layout.has_scales:
-                score_MB = score([q.astype(jnp.bfloat16) for q in q_ML], k_BL)
+            if self.shape.layout.has_scales:
+                k_scales = self.k_scales.at[index]
+                scores.append(score_scaled(q_ML, _to_bf16(k_BL), k_scales, first_unit + i, self.shape.layout))
             else:
-                score_MB = score_scaled(q_ML, k_BL, self.k_scales.at[index], first_unit + i, shape.layout)
-                v_scales = self.v_scales.at[index]
-                v_scale_MB = spread_v_scales(shape.find_heads(row_M1), v_scales, first_unit + i, shape.layout)
-            partials.append(attend(score_MB, v_BL, is_seen_MB, shape.soft_cap, v_scale_MB))
-        return partials
+                scores.append(score(_to_bf16(q_ML), _to_bf16(k_BL)))
+        return scores
+
+    def _find_v_scales(self, index: int, unit) -> jax.Array | None:
+        if not self.shape.layout.has_scales:
+            return None
+        row_M1 = jax.lax.broadcasted_iota(jnp.int32, (self.shape.query_rows, 1), 0)
+        heads_M1 = self.shape.find_heads(row_M1)
+        return spread_v_scales(heads_M1, self.v_scales.at[index], unit, self.shape.layout)
 
     def _merge_unit(self, trip, items: list[_Item], unit, partials: list[Partial]) -> None:
-        """Into the state, which begins with the first item of a row. What leaves is written for every item, as
-        a branch would keep items apart, and goes with the last one of a row."""
+        """Into the state, which begins with the first item of a row. Each item writes what might leave, as a
+        branch would keep items apart; it goes with the last one of a row."""
         chunks = range(self.shape.layout.chunks_per_unit)
         nothing_ML = jnp.full(self.largest.shape[1:], MASKED, jnp.float32)
         sink_ML = nothing_ML if self.sinks_UML is None else self.sinks_UML[unit]
@@ -424,3 +464,7 @@ class _Core:
         self.sums[unit] = state.sum_ML
         for chunk in chunks:
             self.outputs[unit, chunk] = state.out_ML[chunk]
+
+
+def _to_bf16(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [x.astype(jnp.bfloat16) for x in arrays]

@@ -77,6 +77,7 @@ class Chip:
     flops_per_s: float  # bf16
     num_cores: int = 1  # that share one JAX device
     multiplies_int8: bool = False  # or bf16 only, and perhaps fp8
+    adds_bf16: bool = False  # or float32 only
     tuned: tuple[TunedBlocks, ...] = ()
 
     def find_tuned(self, layout: PagesLayout, page_size: int, rows_per_token: int) -> Blocks | None:
@@ -89,8 +90,8 @@ CHIPS = {
     "TPU v4": Chip(bytes_per_s=1.2e12, flops_per_s=275e12),
     "TPU v5 lite": Chip(bytes_per_s=0.82e12, flops_per_s=197e12, multiplies_int8=True),
     "TPU v5": Chip(bytes_per_s=1.38e12, flops_per_s=230e12, num_cores=2, multiplies_int8=True),  # v5p
-    "TPU v6 lite": Chip(bytes_per_s=1.64e12, flops_per_s=918e12, multiplies_int8=True),
-    "TPU7x": Chip(bytes_per_s=3.7e12, flops_per_s=1153e12),
+    "TPU v6 lite": Chip(bytes_per_s=1.64e12, flops_per_s=918e12, multiplies_int8=True, adds_bf16=True),
+    "TPU7x": Chip(bytes_per_s=3.7e12, flops_per_s=1153e12, adds_bf16=True),
 }
 ANOTHER_CHIP = Chip(bytes_per_s=1.6e12, flops_per_s=900e12)
 

@@ -25,12 +25,13 @@ from jaxserve.kernels_pallas.kv_pages import LANES, KVPages, PagesLayout
 from jaxserve.kernels_pallas.paged_attention.tpu_block import (
     MASKED,
     Partial,
-    attend,
+    Words,
+    add_up,
     find_live,
-    load_units,
     merge,
     score,
     see,
+    weigh,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     ANOTHER_CHIP,
@@ -70,6 +71,7 @@ class PrefillShape:
     scale: float
     window: int | None
     soft_cap: float | None
+    adds_bf16: bool
 
     @property
     def layout(self) -> PagesLayout:
@@ -138,6 +140,7 @@ def paged_prefill(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
+        adds_bf16=chip.adds_bf16,
     )
     if work is None:
         chunks = (table_XW, slot_C, token_C, len_C, kv_len_C)
@@ -371,8 +374,11 @@ class _Core:
         live_B1 = find_live(kv_len, position, first_token, block_tokens, shape.window)
         words, scales = read_block(self.stream, shape.stream, place, 0)
         starts_at = 0 if shape.units_at_once == shape.layout.num_units else first_unit
-        units = load_units(words, starts_at, shape.units_at_once, live_B1, shape.layout)
-        for i, unit in enumerate(units):
+        block_words = Words(words, shape.layout, shape.adds_bf16)
+        keys = block_words.load_k(starts_at, shape.units_at_once)
+        values = block_words.load_v(starts_at, shape.units_at_once, live_B1)
+        for i, (k, v) in enumerate(zip(keys, values, strict=True)):
+            unit = list(zip(k, v, strict=True))
             if scales is not None:
                 of_unit = load_scales(scales, starts_at + i, block_tokens, shape.layout)
                 unit = scale_unit(unit, of_unit, live_B1, shape.layout)
@@ -382,7 +388,7 @@ class _Core:
         num_pieces = shape.heads_per_unit // shape.heads_at_once
         rows_at_once = shape.heads_at_once * shape.blocks.tile_tokens
         token_M1 = jax.lax.broadcasted_iota(jnp.int32, (rows_at_once, 1), 0) & (shape.blocks.tile_tokens - 1)
-        is_seen_MB = see(position + token_M1, first_token, block_tokens, shape.window)
+        is_seen_MB = see(position + token_M1, first_token, block_tokens, shape.window, shape.layout)
 
         def attend_piece(index, _):
             i, piece = index // num_pieces, index % num_pieces
@@ -398,7 +404,7 @@ class _Core:
             [self.operands[unit, chunk, rows] for chunk in chunks], [self.keys[i, chunk] for chunk in chunks]
         )
         values = [self.values[i, chunk] for chunk in chunks]
-        partial = attend(score_MB, values, is_seen_MB, self.shape.soft_cap)
+        partial = add_up(weigh(score_MB, is_seen_MB, self.shape.soft_cap), values)
         state = Partial(
             self.largest[unit, rows],
             self.sums[unit, rows],

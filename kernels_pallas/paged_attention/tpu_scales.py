@@ -6,8 +6,8 @@ longer than all else. There a query's channels that share a scale are a row of t
 
     scale g of a unit:     q of its channels, else 0     x K    = score_g,    score = sum of scale_g * score_g
 
-and V's scales go to the weights of its tokens. Scales come with a token a row; decode wants tokens in lanes, so
-that a product with zeros and ones turns them, once for all units. Letters: Q scales of a unit, G = Q * M,
+and V's scales go to the weights of its tokens. Scales come with a token a row; decode wants tokens in lanes,
+so that a product with zeros and ones turns them, once for all units. Letters: Q scales of a unit, G = Q * M,
 M query rows, B tokens of a block, L = 128 lanes, X scales of all units, Y of V, one for each KV head.
 """
 

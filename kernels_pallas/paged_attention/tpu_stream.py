@@ -207,12 +207,13 @@ def _bring(stream: Stream, shape: StreamShape, trip: jax.Array, queries: Queries
         num_pages = stream.items[item + ITEM_PAGES]
         num_coming += num_pages
 
-        def bring_page(i, page_id, index=index):
+        def bring_page(i, page_id=None, first_id=first_id, index=index):
+            page_id = stream.page_ids[first_id + i] if page_id is None else page_id
             for copy in _copy_page(stream, shape, stream.first_page_1[0] + page_id, i, trip, index):
                 copy.start()
 
         if shape.pages_per_block > UNROLLED_PAGES:
-            jax.lax.fori_loop(0, num_pages, lambda i, _: bring_page(i, stream.page_ids[first_id + i]), None)
+            jax.lax.fori_loop(0, num_pages, lambda i, _, bring=bring_page: bring(i), None)
             continue
         for i in range(shape.pages_per_block):
             page_id = stream.page_ids[first_id + i]  # read ahead of the condition, which then is no branch
