@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.kernels_pallas.kv_pages import PagesLayout, make_pages
+from jaxserve.kernels_pallas.paged_attention.tpu_block import Words, find_tokens
 from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     CHIPS,
@@ -147,6 +149,27 @@ def test_a_pool_comes_back_from_words(heads, dtype):
         largest = np.abs(read[used]).max(-1, keepdims=True)
         rounding = 1.01 / 127 if dtype == "int8" else 0.0
         assert (np.abs(held[used] - read[used]) <= rounding * largest).all()
+
+
+@pytest.mark.parametrize("adds_bf16", [False, True])
+def test_every_number_of_fp8_is_widened_exactly(adds_bf16):
+    """Also the smallest, which TPUs have no float32 for; a NaN is the number behind the largest."""
+    layout = PagesLayout(num_kv_heads=2, head_dim=128, kv_dtype="float8_e4m3fn")
+    token_B1 = np.arange(256, dtype=np.uint8)[:, None]
+    bytes_B4 = token_B1 + np.arange(4, dtype=np.uint8) * 64
+    words_BL = np.repeat(bytes_B4.view(np.int32), 128, axis=1)
+
+    def body(words_ref, out_ref):
+        words = Words(words_ref, layout, adds_bf16)
+        k, v = words.load_k(0, 2), words.load_v(0, 2, jnp.ones((256, 1), bool))
+        for i, (chunk_BL,) in enumerate([*k, *v]):
+            out_ref[i] = chunk_BL.astype(jnp.float32)
+
+    read = pl.pallas_call(body, jax.ShapeDtypeStruct((4, 256, 128), jnp.float32), interpret=simulate())
+    tokens = np.asarray(find_tokens(jnp.arange(256), 256, layout))
+    wanted_4B = bytes_B4.T.copy().view(jnp.float8_e4m3fn)[:, tokens].astype(np.float32)
+    wanted_4B = np.where(np.isnan(wanted_4B), np.copysign(480, wanted_4B), wanted_4B)
+    np.testing.assert_array_equal(read(words_BL), np.repeat(wanted_4B[:, :, None], 128, axis=2))
 
 
 @pytest.mark.parametrize("num_cores", [1, 2])
