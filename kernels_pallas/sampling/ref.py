@@ -6,7 +6,8 @@ that no row asks for is skipped, and noise is drawn only for tokens that it coul
 randomness is keyed by (its seed, the position of the token), a token's by its id beside. Penalties, bias and
 what a row of bad logits means are the caller's.
 
-B rows, V tokens of the vocabulary, C likely ones; N blocks of W tokens, J of them likely, E at a time.
+B rows, V tokens of the vocabulary, C likely ones; N blocks of W tokens, J of them likely, P those of all
+rows, E at a time.
 """
 
 from __future__ import annotations
@@ -90,9 +91,7 @@ def _draw_tokens(
         is_own_BE = row_E[None, :] == jnp.arange(num_rows)[:, None]
         best_BE = jnp.where(is_own_BE, best_E[None, :], -jnp.inf)
         here_B, place_B = _find_largest(best_BE)
-        here_id_B = jnp.sum(
-            jnp.where(jnp.arange(BLOCKS_AT_ONCE) == place_B[:, None], id_E[None, :], 0), axis=1
-        )
+        here_id_B = id_E.at[place_B].get(mode="clip")
         best_B, id_B = best  # of lower ids, which win among equals
         return jnp.maximum(here_B, best_B), jnp.where(here_B > best_B, here_id_B, id_B)
 
