@@ -107,8 +107,9 @@ def _tell(fit, report) -> list[str]:
 
 
 def _compare(fit, report) -> tuple[float | None, float]:
-    """The decode program of fewest rows, at one sequence: the compiler's time for XLA's parts with the
-    roofline's of the keys and values that kernels read and for the sums, and the roofline of all. Seconds."""
+    """The decode program of fewest rows, at one sequence: the estimate of its operations (estimate.py) with
+    the roofline's of the keys and values that attention reads and of the sums, and the roofline of all.
+    Seconds."""
     from jaxserve.planning.compilers import choose_programs
     from jaxserve.planning.roofline import bound_step
     from jaxserve.planning.traffic import StepWork, count_traffic

@@ -36,7 +36,8 @@ class Chip:
     slices: tuple[str, ...]  # that can be had, smallest first
     devices_per_chip: int = 1
     is_switched: bool = False  # its link leads to a switch, and not to neighbours
-    estimate_hz: float = 0.0  # cycles of the compiler's that make a second of its own (see compilers.py)
+    estimate_hz: float = 0.0  # cycles of the compiler's that make a second of its own (see estimate.py)
+    launch_cycles: int = 0  # those that it takes its smallest operations for
     compute_capability: str = ""
 
     @property
@@ -81,6 +82,7 @@ CHIPS: tuple[Chip, ...] = (
         link_bytes_per_s=50e9,
         hop_s=ICI_HOP_S,
         estimate_hz=1.88e9,
+        launch_cycles=1830,
         slices=FLAT_SLICES,
     ),
     Chip(
@@ -94,6 +96,7 @@ CHIPS: tuple[Chip, ...] = (
         link_bytes_per_s=100e9,
         hop_s=ICI_HOP_S,
         estimate_hz=2.50e9,
+        launch_cycles=2120,
         slices=CUBE_SLICES,
     ),
     Chip(
@@ -107,6 +110,7 @@ CHIPS: tuple[Chip, ...] = (
         link_bytes_per_s=100e9,
         hop_s=ICI_HOP_S,
         estimate_hz=2.10e9,
+        launch_cycles=2120,
         slices=FLAT_SLICES,
     ),
     Chip(
@@ -120,6 +124,7 @@ CHIPS: tuple[Chip, ...] = (
         link_bytes_per_s=100e9 / 2,
         hop_s=ICI_HOP_S,
         estimate_hz=3.17e9,
+        launch_cycles=2300,
         slices=CUBE_SLICES,
         devices_per_chip=2,
     ),

@@ -51,7 +51,7 @@ class ProgramReport:
     state_bytes: int  # of the donated state, as counted from shapes; at least so many must be aliased
     largest_copy_bytes: int  # of an array that the program only copies
     collectives: dict[str, int]  # of a step in which nobody samples or asks for scores, by name
-    estimate_s: float | None  # the compiler's, of a TPU's step without its kernels and collectives
+    estimate_s: float | None  # the compiler's, of a TPU's step without collectives and what attention reads
     problem: str = ""  # why it did not compile; then the figures are 0
 
 
@@ -184,7 +184,10 @@ def _read_report(
     shape: Shape | str, compile_s: float, program: Any, state_bytes: int, num_loops: int, chip: Chip
 ) -> ProgramReport:
     memory, text = program.memory_analysis(), program.as_text()
-    num_cycles = count_cycles(text, num_loops) if chip.estimate_hz else 0
+    num_cycles = 0
+    if chip.estimate_hz:
+        bytes_per_cycle = chip.hbm_bytes_per_s / chip.estimate_hz
+        num_cycles = count_cycles(text, num_loops, chip.launch_cycles, bytes_per_cycle)
     return ProgramReport(
         shape=shape,
         compile_s=compile_s,

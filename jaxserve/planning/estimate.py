@@ -3,15 +3,20 @@
 XLA's TPU compiler writes beside each operation how many cycles it takes it for, memory included. Here they
 are added up as a decode step runs: the loop over layers as often as it turns, and where there is a choice the
 cheaper branch, which is that of a step in which nobody asks for penalties, sampling or scores; other loops
-belong to those. Kernels and sums over devices have no such figure and are not in it: roofline.py has theirs.
-Operations between devices are counted along the same way.
+belong to those. Operations between devices are counted along the same way; their time is roofline.py's.
+
+Pallas kernels have no such figure. A launch is taken for as long as the compiler's smallest operations
+(`Chip.launch_cycles`) and for the time that the bytes which it declares (`pl.CostEstimate`) need at the peak
+of the memory, though small arrays lie in VMEM. Attention declares none, as what it reads is the sequences':
+its keys and values are roofline.py's as well.
 
 Cycles are not the chip's: how many of them are a second says the compiler as well, of one large product
-(`Chip.estimate_hz`; `optimal_seconds` of its cost analysis). Knows no model.
+(`Chip.estimate_hz`, from `optimal_seconds` of its cost analysis). Knows no model.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,6 +27,7 @@ BODY = re.compile(r" while\(.*body=(%[\w.-]+)")
 # Of a tpu7x's sparse cores, which take over sums, gathers and copies.
 CALL = re.compile(r" (?:custom-)?call-start\(.*(?:to_apply=|called_computations=\{)(%[\w.-]+)")
 KERNEL = 'custom_call_target="tpu_custom_call"'
+KERNEL_BYTES = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
 COLLECTIVE = re.compile(
     r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
@@ -30,7 +36,7 @@ COPY = re.compile(r"= (\w+?)(\d*)\[([\d,]*)\]\S* copy\(")
 
 @dataclass(slots=True)
 class _Computation:
-    cycles: int = 0
+    cycles: float = 0
     collectives: Counter[str] = field(default_factory=Counter)
     has_layer: bool = False
     bodies: list[str] = field(default_factory=list)
@@ -38,12 +44,13 @@ class _Computation:
     choices: list[list[str]] = field(default_factory=list)
 
 
-def count_cycles(text: str, num_loops: int) -> int:
+def count_cycles(text: str, num_loops: int, launch_cycles: int, bytes_per_cycle: float) -> int:
     """Cycles of a step in which nobody asks for anything; 0 for a program that is no TPU's.
 
-    `text` is an optimised program, `num_loops` how often its loop over layers turns: the one with kernels.
+    `text` is an optimised program, `num_loops` how often its loop over layers turns: the one with kernels. Of
+    those a launch takes `launch_cycles`, and its bytes take theirs.
     """
-    return _add_up(text, num_loops)[0]
+    return round(_add_up(text, num_loops, launch_cycles, bytes_per_cycle)[0])
 
 
 def count_collectives(text: str, num_loops: int) -> dict[str, int]:
@@ -51,13 +58,15 @@ def count_collectives(text: str, num_loops: int) -> dict[str, int]:
     return dict(_add_up(text, num_loops)[1])
 
 
-def _add_up(text: str, num_loops: int) -> tuple[int, Counter[str]]:
-    found, entry = _read_computations(text)
+def _add_up(
+    text: str, num_loops: int, launch_cycles: int = 0, bytes_per_cycle: float = math.inf
+) -> tuple[float, Counter[str]]:
+    found, entry = _read_computations(text, launch_cycles, bytes_per_cycle)
     if not any(here.has_layer for here in found.values()):  # XLA attends: a layer takes longest
         bodies = [found[body] for body in found[entry].bodies]
         max(bodies, key=lambda body: body.cycles, default=found[entry]).has_layer = True
 
-    def add_up(name: str) -> tuple[int, Counter[str]]:
+    def add_up(name: str) -> tuple[float, Counter[str]]:
         here = found.get(name, _Computation())
         parts = [min(map(add_up, branches), key=lambda part: part[0]) for branches in here.choices]
         parts += [add_up(body) for body in here.bodies if found[body].has_layer] * num_loops
@@ -79,7 +88,9 @@ def find_largest_copy(text: str) -> int:
     return largest
 
 
-def _read_computations(text: str) -> tuple[dict[str, _Computation], str]:
+def _read_computations(
+    text: str, launch_cycles: int, bytes_per_cycle: float
+) -> tuple[dict[str, _Computation], str]:
     found: dict[str, _Computation] = {}
     here, entry = _Computation(), ""
     for line in text.splitlines():
@@ -92,7 +103,10 @@ def _read_computations(text: str) -> tuple[dict[str, _Computation], str]:
         if cycles := CYCLES.search(line):
             here.cycles += int(cycles[1])
         here.collectives.update(COLLECTIVE.findall(line))
-        here.has_layer |= KERNEL in line
+        if KERNEL in line:
+            here.has_layer = True
+            declared = KERNEL_BYTES.search(line)
+            here.cycles += launch_cycles + (int(declared[1]) / bytes_per_cycle if declared else 0)
         if body := BODY.search(line):
             here.bodies.append(body[1])
         if call := CALL.search(line):

@@ -46,6 +46,7 @@ def rope_write(
     unit_rows = count_unit_rows(num_heads, layout)
     token_rows = layout.num_chunks * unit_rows
     places = kv.words_PSJL.reshape(-1, layout.num_rows, LANES)
+    written_bytes = 4 * LANES * num_tokens * (token_rows + layout.num_rows)
 
     def body(index_T, first_page_1, qkv_TF, cos_T1I, sin_T1I, _pool, pool, q_ZL, words_TJL, moved):
         heads = _Heads(qkv_TF, cos_T1I[:, 0], sin_T1I[:, 0], layout.head_dim)
@@ -79,6 +80,7 @@ def rope_write(
             jax.ShapeDtypeStruct((num_tokens * token_rows, LANES), jnp.float32),
         ],
         input_output_aliases={5: 0},
+        cost_estimate=pl.CostEstimate(6 * qkv_TF.size, 0, bytes_accessed=qkv_TF.nbytes + written_bytes),
         name="kv_write",
         interpret=interpret,
     )(write_index_T, first_page_1, qkv_TF, cos_T1I, sin_T1I, places)

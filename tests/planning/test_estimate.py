@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from jaxserve.planning.estimate import count_collectives, count_cycles, find_largest_copy
 
 HLO = """
@@ -31,6 +33,7 @@ HLO = """
   %r.4 = f32[8]{0} all-reduce-done(%r.3)
   %r.6 = ((), ()) custom-call-start(), custom_call_target="x", called_computations={%by_sparse_cores}
   %e = f32[8]{0} custom-call(%d), custom_call_target="tpu_custom_call", operand_layout={}
+  %i = f32[8] custom-call(), custom_call_target="tpu_custom_call", x={"cost_estimate":{"bytes_accessed":"64"}}
 }
 
 ENTRY %main (a: f32[8]) -> f32[8] {
@@ -45,12 +48,21 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_layers_count_as_often_as_they_run_and_what_nobody_asks_for_does_not():
-    assert count_cycles(HLO, 3) == 3 * 20 + 5 + 1
+    assert count_cycles(HLO, 3, 0, math.inf) == 3 * 20 + 5 + 1
     assert count_collectives(HLO, 3) == {"all-reduce": 3 * 3, "all-gather": 1}
 
 
+def test_a_kernel_takes_a_launch_and_the_time_of_the_bytes_that_it_declares():
+    assert count_cycles(HLO, 3, 100, 16.0) == 3 * (20 + 2 * 100 + 64 // 16) + 5 + 1
+
+
 def test_another_compilers_program_has_no_cycles():
-    assert count_cycles("ENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} fusion(%p)\n}\n", 3) == 0
+    assert (
+        count_cycles(
+            "ENTRY %main (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} fusion(%p)\n}\n", 3, 100, 16.0
+        )
+        == 0
+    )
 
 
 def test_the_largest_copy_is_told_in_bytes():
