@@ -28,8 +28,8 @@ pytestmark = [
 @pytest.mark.parametrize(
     ("model", "slice_name", "most_code_bytes", "most_times_roofline"),
     [
-        ("qwen2.5-7b", "v5e:2x2", 13e6, 1.2),
-        ("llama-3-8b", "v5e:2x2", 13e6, 1.2),
+        ("qwen2.5-7b", "v5e:2x2", 10.5e6, 1.2),
+        ("llama-3-8b", "v5e:2x2", 11e6, 1.2),
         ("qwen2.5-72b", "v5p:2x2x2", 16e6, 1.3),
         ("llama-3-8b", "tpu7x:2x2x1", 10e6, 2.0),
     ],
