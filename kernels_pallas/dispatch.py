@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 
+from jaxserve.kernels_pallas.add_norm import ref as add_norm_ref
 from jaxserve.kernels_pallas.grouped_matmul.limits import (
     LEAST_GPU_ROWS,
     LEAST_TPU_ROWS,
@@ -61,6 +62,8 @@ class KernelSet:
     choose_tokens: Callable
     shards: Shards = ONE_DEVICE
     make_kv: Callable = make_layer
+    begin_sum: Callable = add_norm_ref.begin_sum  # of the residual stream
+    add_norm: Callable = add_norm_ref.add_norm
     int4_matmul: Callable = int4_matmul_ref.int4_matmul
     round_rows: RoundRows = round_rows_ref.round_rows  # of activations, for products of int8
     grouped_matmul: GroupedForm | None = None  # by matrices of experts; None where a loop has each run
@@ -158,6 +161,7 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
     if limit:
         return replace(XLA_KERNELS, name=f"xla ({limit})")
     # Pallas for TPUs takes a second to import, so it waits until it is known to be wanted.
+    from jaxserve.kernels_pallas.add_norm.tpu import add_norm, begin_sum
     from jaxserve.kernels_pallas.grouped_matmul.tpu import grouped_matmul
     from jaxserve.kernels_pallas.kv_write.tpu import rope_write
     from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
@@ -180,6 +184,8 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
         paged_prefill=partial(paged_prefill, chip=chip),
         choose_tokens=partial(sampling_ref.choose_tokens, block_rows=TPU_DRAWN_ROWS),
         make_kv=make_pages,
+        begin_sum=begin_sum,
+        add_norm=add_norm,
         round_rows=round_rows,
         grouped_matmul=grouped_form if target.experts and not grouped_limit else None,
         list_step_work=partial(list_step_work, chip=chip),

@@ -1,4 +1,4 @@
-"""Leaf functions that the families share: norms, rotary embedding, attention over the pool.
+"""Leaf functions that the families share: rotary embedding, the loop over layers, attention over the pool.
 
 Plain functions of arrays; no module state, no configuration objects.
 """
@@ -15,13 +15,6 @@ import jax.numpy as jnp
 
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.interface import KVLayer, KVPool, StepBatch
-
-
-def rms_norm(x_TD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight over the last axis, float32 (Zhang and Sennrich 2019)."""
-    x_TD = x_TD.astype(jnp.float32)
-    variance_T1 = jnp.mean(jnp.square(x_TD), axis=-1, keepdims=True)
-    return x_TD * jax.lax.rsqrt(variance_T1 + eps) * weight_D
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,35 +68,50 @@ def _turn(angle_TH: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.optimization_barrier(tables)
 
 
+# Parameters, x_TD, y_TD, the layer's pool, the batch; and what becomes of all but the first and the last.
+RunLayer = Callable[
+    [Any, jax.Array, jax.Array | None, KVLayer, StepBatch], tuple[jax.Array, jax.Array, KVLayer]
+]
+
+
 def run_layers(
-    run_layer: Callable[[Any, jax.Array, KVLayer, StepBatch], tuple[jax.Array, KVLayer]],
+    run_layer: RunLayer,
     layers: Any,
     x_TD: jax.Array,
+    y_TD: jax.Array | None,
     kv: KVPool,
     batch: StepBatch,
 ) -> tuple[jax.Array, KVPool]:
     """`run_layer` of every layer in turn, and the pool with what they wrote.
 
+    A layer is given the residual stream x and what the one before adds to it, y, and gives both on, to be
+    added with the norm that follows. Where the first y is None they are added at once (`begin_sum`).
+
     `layers` and `kv` are lists with an entry a layer, or both stacks with an axis of layers in front. Over
     stacks the program loops: on TPUs that keeps compile time and code apart from the number of layers. The
     pool of the loop is one array, in which layer l owns the pages from l * P on, so nothing is cut out of it.
     """
+    adds_at_once = y_TD is None
     if isinstance(kv, list):
         new_kv = []
         for layer, layer_kv in zip(layers, kv, strict=True):
-            x_TD, layer_kv = run_layer(layer, x_TD, layer_kv, batch)
+            x_TD, y_TD, layer_kv = run_layer(layer, x_TD, y_TD, layer_kv, batch)
+            x_TD, y_TD = (x_TD + y_TD, None) if adds_at_once else (x_TD, y_TD)
             new_kv.append(layer_kv)
-        return x_TD, new_kv
+        return x_TD if y_TD is None else x_TD + y_TD, new_kv
     num_layers, num_pages = jax.tree.leaves(kv)[0].shape[:2]
 
-    def run_next(carry: tuple[jax.Array, KVLayer, jax.Array], layer: Any) -> Any:
-        x_TD, layer_kv, index = carry
+    def run_next(carry: tuple[jax.Array, jax.Array | None, KVLayer, jax.Array], layer: Any) -> Any:
+        x_TD, y_TD, layer_kv, index = carry
         batch_here = batch._replace(layer=index, first_page=index * num_pages)
-        return (*run_layer(layer, x_TD, layer_kv, batch_here), index + 1), None
+        x_TD, y_TD, layer_kv = run_layer(layer, x_TD, y_TD, layer_kv, batch_here)
+        x_TD, y_TD = (x_TD + y_TD, None) if adds_at_once else (x_TD, y_TD)
+        return (x_TD, y_TD, layer_kv, index + 1), None
 
     flat_kv = jax.tree.map(lambda pool: pool.reshape(num_layers * num_pages, *pool.shape[2:]), kv)
-    (x_TD, flat_kv, _), _ = jax.lax.scan(run_next, (x_TD, flat_kv, jnp.int32(0)), layers)
-    return x_TD, jax.tree.map(lambda pool: pool.reshape(num_layers, num_pages, *pool.shape[1:]), flat_kv)
+    (x_TD, y_TD, flat_kv, _), _ = jax.lax.scan(run_next, (x_TD, y_TD, flat_kv, jnp.int32(0)), layers)
+    new_kv = jax.tree.map(lambda pool: pool.reshape(num_layers, num_pages, *pool.shape[1:]), flat_kv)
+    return x_TD if y_TD is None else x_TD + y_TD, new_kv
 
 
 def list_work(kernels: KernelSet, batch: StepBatch, kv: KVPool, num_heads: int) -> StepBatch:

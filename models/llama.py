@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 
+from jaxserve.kernels_pallas.add_norm.ref import rms_norm
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.hf_config import read_hf_config
 from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, TensorSource
@@ -21,12 +23,11 @@ from jaxserve.models.layers import (
     attend,
     keep_channels,
     list_work,
-    rms_norm,
     rope_frequencies,
     rope_tables,
     run_layers,
 )
-from jaxserve.models.quant import embed, gated_mlp, matmul
+from jaxserve.models.quant import embed, gated_mlp, matmul, operand_dtype
 from jaxserve.models.sharding import Division, cut_channels, cut_evenly, cut_heads, repeat_cut
 
 
@@ -161,24 +162,28 @@ class Model(nnx.Module):
         cfg, shards = self.cfg, self.kernels.shards
         batch = list_work(self.kernels, batch, kv, cfg.num_heads)
         graphdef, _ = nnx.split(self.layers[0])
+        dtype = operand_dtype(self.layers[0].w_qkv_FD.get_value())
+        add_norm = partial(self.kernels.add_norm, eps=cfg.norm_eps, dtype=dtype)
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
         @jax.jit
-        def run_layer(params: nnx.State, x_TD: jax.Array, kv: KVLayer, batch: StepBatch):
+        def run_layer(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
             layer = nnx.merge(graphdef, params)
-            h_TD = rms_norm(x_TD, layer.attn_norm_D.get_value(), cfg.norm_eps)
+            norms = self.layers[0] if self.is_stacked else layer  # of all layers; `batch.layer` says which
+            x_TD, h_TD = add_norm(x_TD, y_TD, norms.attn_norm_D.get_value(), batch.layer)
             qkv_TF = matmul(h_TD, layer.w_qkv_FD.get_value())
             b_qkv_F = layer.b_qkv_F
             qkv_TF = keep_channels(qkv_TF) if b_qkv_F is None else qkv_TF + b_qkv_F.get_value()
             scale = cfg.head_dim**-0.5
             o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, scale)
-            x_TD = x_TD + shards.add(matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value()))
-            h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
-            h_TD = gated_mlp(h_TD, layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value())
-            return x_TD + shards.add(h_TD), kv
+            y_TD = shards.add(matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value()))
+            x_TD, h_TD = add_norm(x_TD, y_TD, norms.mlp_norm_D.get_value(), batch.layer)
+            y_TD = gated_mlp(h_TD, layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value())
+            return x_TD, shards.add(y_TD), kv
 
+        y_TD = self.kernels.begin_sum(x_TD)
         states = [nnx.state(layer) for layer in self.layers]
-        return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, kv, batch)
+        return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, y_TD, kv, batch)
 
     def compute_logits(self, x_BD: jax.Array) -> jax.Array:
         """Float32 logits [B, V] of some of the rows that `__call__` returned: final norm, then the head.

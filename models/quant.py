@@ -105,14 +105,17 @@ def matmul(x_TD: jax.Array, w_FD: Matrix) -> jax.Array:
     return y_TF * w_FD.scale_F[None, :]
 
 
+def operand_dtype(w_FD: Matrix) -> jnp.dtype:
+    """What rows are rounded to before a product by that matrix."""
+    return jnp.dtype(jnp.bfloat16) if isinstance(w_FD, QuantizedMatrix | GroupedMatrix) else w_FD.dtype
+
+
 def make_operand(x_TD: jax.Array, w_FD: Matrix) -> tuple[jax.Array, jax.Array | None]:
     """x as a product by that matrix takes it, and what its rows of int8 are to be multiplied by behind."""
     if isinstance(w_FD, QuantizedMatrix) and w_FD.is_int8:
         return w_FD.round_rows(x_TD)
-    x_TD = x_TD.astype(jnp.float32)
-    if isinstance(w_FD, QuantizedMatrix | GroupedMatrix) or w_FD.dtype == jnp.bfloat16:
-        return to_bf16(x_TD), None
-    return x_TD.astype(w_FD.dtype), None
+    x_TD, dtype = x_TD.astype(jnp.float32), operand_dtype(w_FD)
+    return to_bf16(x_TD) if dtype == jnp.bfloat16 else x_TD.astype(dtype), None
 
 
 def _product(x_TD: jax.Array, w_FD: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.kernels_pallas.add_norm.ref import rms_norm
 from jaxserve.kernels_pallas.kv_write.ref import rotate
 from jaxserve.kernels_pallas.rounding import to_bf16
 from jaxserve.models.hf_config import HARMLESS
 from jaxserve.models.interface import ParamSpec, PatchPlaces, TensorSource
-from jaxserve.models.layers import axial_rope_tables, rms_norm, rope_frequencies
+from jaxserve.models.layers import axial_rope_tables, rope_frequencies
 from jaxserve.models.quant import matmul
 
 NORM_EPS = 1e-6

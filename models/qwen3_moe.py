@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.kernels_pallas.add_norm.ref import rms_norm
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.experts import choose_experts, find_in_stack, run_experts
 from jaxserve.models.hf_config import read_hf_config
@@ -24,12 +26,11 @@ from jaxserve.models.layers import (
     attend,
     keep_channels,
     list_work,
-    rms_norm,
     rope_frequencies,
     rope_tables,
     run_layers,
 )
-from jaxserve.models.quant import embed, matmul
+from jaxserve.models.quant import embed, matmul, operand_dtype
 from jaxserve.models.sharding import Division, cut_channels, cut_evenly, cut_heads, repeat_cut
 
 SUPPORTS: Mapping[str, tuple[Any, ...]] = {
@@ -177,6 +178,8 @@ class Model(nnx.Module):
         x_TD = embed(batch.token_ids_T, self.embed_VD.get_value(), shards)
         batch = list_work(self.kernels, batch, kv, cfg.num_heads)
         graphdef, _ = nnx.split(self.layers[0])
+        dtype = operand_dtype(self.layers[0].w_qkv_FD.get_value())
+        add_norm = partial(self.kernels.add_norm, eps=cfg.norm_eps, dtype=dtype)
         grouped, stacks = self.kernels.grouped_matmul, None
         if self.is_stacked and grouped is not None:
             # For a kernel, a loop over layers would copy what it cuts out of a stack.
@@ -184,9 +187,10 @@ class Model(nnx.Module):
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
         @jax.jit
-        def run_layer(params: nnx.State, x_TD: jax.Array, kv: KVLayer, batch: StepBatch):
+        def run_layer(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
             layer = nnx.merge(graphdef, params)
-            h_TD = rms_norm(x_TD, layer.attn_norm_D.get_value(), cfg.norm_eps)
+            norms = self.layers[0] if self.is_stacked else layer  # of all layers; `batch.layer` says which
+            x_TD, h_TD = add_norm(x_TD, y_TD, norms.attn_norm_D.get_value(), batch.layer)
             qkv_TF = normalize_heads(
                 matmul(h_TD, layer.w_qkv_FD.get_value()),
                 layer.q_norm_H.get_value(),
@@ -194,8 +198,8 @@ class Model(nnx.Module):
                 cfg,
             )
             o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
-            x_TD = x_TD + shards.add(matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value()))
-            h_TD = rms_norm(x_TD, layer.mlp_norm_D.get_value(), cfg.norm_eps)
+            y_TD = shards.add(matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value()))
+            x_TD, h_TD = add_norm(x_TD, y_TD, norms.mlp_norm_D.get_value(), batch.layer)
             logits_TE = matmul(h_TD, layer.w_router_ED.get_value())
             chosen = choose_experts(logits_TE, cfg.num_chosen, cfg.normalizes_shares)
             gate_up, down = layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value()
@@ -203,10 +207,11 @@ class Model(nnx.Module):
                 gate_up, down = find_in_stack(gate_up, stacks[0]), find_in_stack(down, stacks[1])
             first = 0 if batch.layer is None else batch.layer * cfg.num_experts
             y_TD = run_experts(h_TD, *chosen, gate_up, down, cfg.num_experts, grouped, first)
-            return x_TD + shards.add(y_TD), kv
+            return x_TD, shards.add(y_TD), kv
 
+        y_TD = self.kernels.begin_sum(x_TD)
         states = [nnx.state(layer) for layer in self.layers]
-        return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, kv, batch)
+        return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, y_TD, kv, batch)
 
     def compute_logits(self, x_BD: jax.Array) -> jax.Array:
         """Float32 logits [B, V] of some of the rows that `__call__` returned: final norm, then the head.

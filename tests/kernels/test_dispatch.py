@@ -136,6 +136,7 @@ def test_what_a_kernel_does_not_serve_is_named(change, operation, reason):
 
 
 def test_a_tpu_gets_kernels_of_its_own_and_their_pool():
+    from jaxserve.kernels_pallas.add_norm import tpu as add_norm
     from jaxserve.kernels_pallas.kv_write import tpu as kv_write
     from jaxserve.kernels_pallas.paged_attention import tpu_decode, tpu_plan, tpu_prefill
     from jaxserve.kernels_pallas.round_rows import tpu as round_rows
@@ -144,6 +145,7 @@ def test_a_tpu_gets_kernels_of_its_own_and_their_pool():
     assert kernels.name == "pallas"
     assert kernels.rope_write is kv_write.rope_write
     assert kernels.round_rows is round_rows.round_rows
+    assert (kernels.begin_sum, kernels.add_norm) == (add_norm.begin_sum, add_norm.add_norm)
     for form, chosen in (
         (tpu_decode.paged_decode, kernels.paged_decode),
         (tpu_prefill.paged_prefill, kernels.paged_prefill),
