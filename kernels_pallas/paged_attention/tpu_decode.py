@@ -36,6 +36,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_decode_shape import (
     scatter_rows,
     spread_sinks,
 )
+from jaxserve.kernels_pallas.paged_attention.tpu_launch import launch_cores
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     ANOTHER_CHIP,
     END_BLOCK,
@@ -44,7 +45,6 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     NUM_ITEMS,
     POSITION,
     RUN,
-    VMEM_LIMIT_BYTES,
     Blocks,
     Chip,
     Work,
@@ -143,12 +143,9 @@ def list_decode_work(
 
 
 def _launch(shape: DecodeShape, work: Work, q_RUAML, sinks: list, kv: KVPages, interpret) -> jax.Array:
-    pools = [pool for pool in (kv.words_PSJL, kv.scales_PSJL) if pool is not None]
-    pools = [pool.reshape(pool.shape[0], -1, LANES) for pool in pools]  # no copy: rows of 128 lie in order
     unit_shape = q_RUAML.shape[1:]
     state_shape = (shape.layout.num_units, shape.query_rows, LANES)
     scratch = {
-        **shape.stream.list_scratch(),
         "queries": pltpu.VMEM((PLACES, shape.blocks.num_items, *unit_shape), jnp.float32),
         "largest": pltpu.VMEM(state_shape, jnp.float32),
         "sums": pltpu.VMEM(state_shape, jnp.float32),
@@ -162,44 +159,18 @@ def _launch(shape: DecodeShape, work: Work, q_RUAML, sinks: list, kv: KVPages, i
             turned_shape = (shape.blocks.num_items, num_rows, shape.blocks.block_tokens)
             scratch[name] = pltpu.VMEM(turned_shape, jnp.float32)
 
-    def body(tiles_FL, cores_2C, first_page_1, q_RUAML, *refs):
-        sinks_UML = refs[0] if sinks else None
-        table_R1W, *refs = refs[len(sinks) :]
-        pool_refs, (out_RUAML, *scratch_refs) = refs[: len(pools)], refs[len(pools) :]
-        own = dict(zip(scratch, scratch_refs, strict=True))
-        stream = Stream(
-            tiles_FL,
-            cores_2C,
-            first_page_1,
-            table_R1W,
-            *(*pool_refs, None)[:2],
-            **{name: own.pop(name, None) for name in Stream._fields[6:]},
-        )
-        _Core(shape, stream, q_RUAML, sinks_UML, out_RUAML, **own).run()
-
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
-        body,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(shape.blocks.num_cores,),
-            in_specs=[
-                anywhere,
-                *[pl.BlockSpec(memory_space=pltpu.VMEM) for _ in sinks],
-                *[anywhere] * (1 + len(pools)),
-            ],
-            out_specs=anywhere,
-            scratch_shapes=list(scratch.values()),
-        ),
-        out_shape=jax.ShapeDtypeStruct(q_RUAML.shape, jnp.float32),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
-            vmem_limit_bytes=VMEM_LIMIT_BYTES,
-            disable_bounds_checks=True,  # of copies: a third of a page's instructions
-        ),
-        name="paged_decode",
+    return launch_cores(
+        "paged_decode",
+        lambda *refs, **own: _Core(shape, *refs, **own).run(),
+        shape.stream,
+        work,
+        q_RUAML,
+        sinks,
+        kv,
+        scratch,
+        checks_bounds=False,  # of copies: a third of a page's instructions
         interpret=interpret,
-    )(*work.tiles, work.first_page_1, q_RUAML, *sinks, work.table_C1W, *pools)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_block import (
     see,
     weigh,
 )
+from jaxserve.kernels_pallas.paged_attention.tpu_launch import launch_cores
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     ANOTHER_CHIP,
     END_BLOCK,
@@ -42,7 +43,6 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     POSITION,
     PREFILL_PRODUCT_ROWS,
     TOKEN,
-    VMEM_LIMIT_BYTES,
     Blocks,
     Chip,
     Work,
@@ -204,13 +204,10 @@ def _spread_sinks(sinks_N: jax.Array, shape: PrefillShape) -> jax.Array:
 
 
 def _launch(shape: PrefillShape, work: Work, q_ZL, sinks: list, kv: KVPages, interpret) -> jax.Array:
-    pools = [pool for pool in (kv.words_PSJL, kv.scales_PSJL) if pool is not None]
-    pools = [pool.reshape(pool.shape[0], -1, LANES) for pool in pools]  # no copy: rows of 128 lie in order
     num_units, num_chunks = shape.layout.num_units, shape.layout.chunks_per_unit
     tile_rows = shape.blocks.tile_tokens * shape.token_rows
     block_shape = (shape.units_at_once, num_chunks, shape.blocks.block_tokens, LANES)
     scratch = {
-        **shape.stream.list_scratch(),
         "queries": pltpu.VMEM((PLACES, tile_rows, LANES), jnp.float32),
         "operands": pltpu.VMEM((num_units, num_chunks, shape.query_rows, LANES), jnp.bfloat16),
         "keys": pltpu.VMEM(block_shape, jnp.bfloat16),
@@ -223,42 +220,18 @@ def _launch(shape: PrefillShape, work: Work, q_ZL, sinks: list, kv: KVPages, int
         "queries_arrived": pltpu.SemaphoreType.DMA((PLACES,)),
     }
 
-    def body(tiles_FL, cores_2C, first_page_1, q_ZL, *refs):
-        sinks_UY1L = refs[0] if sinks else None
-        table_R1W, *refs = refs[len(sinks) :]
-        pool_refs, (out_ZL, *scratch_refs) = refs[: len(pools)], refs[len(pools) :]
-        own = dict(zip(scratch, scratch_refs, strict=True))
-        stream = Stream(
-            tiles_FL,
-            cores_2C,
-            first_page_1,
-            table_R1W,
-            *(*pool_refs, None)[:2],
-            **{name: own.pop(name, None) for name in Stream._fields[6:]},
-        )
-        _Core(shape, stream, q_ZL, sinks_UY1L, out_ZL, **own).run()
-
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
-        body,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(shape.blocks.num_cores,),
-            in_specs=[
-                anywhere,
-                *[pl.BlockSpec(memory_space=pltpu.VMEM) for _ in sinks],
-                *[anywhere] * (1 + len(pools)),
-            ],
-            out_specs=anywhere,
-            scratch_shapes=list(scratch.values()),
-        ),
-        out_shape=jax.ShapeDtypeStruct(q_ZL.shape, jnp.float32),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_LIMIT_BYTES
-        ),
-        name="paged_prefill",
+    return launch_cores(
+        "paged_prefill",
+        lambda *refs, **own: _Core(shape, *refs, **own).run(),
+        shape.stream,
+        work,
+        q_ZL,
+        sinks,
+        kv,
+        scratch,
+        checks_bounds=True,
         interpret=interpret,
-    )(*work.tiles, work.first_page_1, q_ZL, *sinks, work.table_C1W, *pools)
+    )
 
 
 @dataclass(frozen=True, slots=True)
