@@ -8,6 +8,8 @@ import contextlib
 import random
 from typing import Any
 
+import numpy as np
+
 from jaxserve.types import ScoreParams, TokenParams
 from tests.engine.running_engine import RunningEngine, finish_of, token_ids
 
@@ -56,6 +58,13 @@ def told(deltas):
 
 def logprobs(deltas):
     return [scores.top_logprobs for delta in deltas for scores in delta.scores]
+
+
+def assert_same_replies(got, expected):
+    """Word for word, and their scores but for rounding."""
+    assert [told(reply) for reply in got] == [told(reply) for reply in expected]
+    for reply, other in zip(got, expected, strict=True):
+        assert np.allclose(logprobs(reply), logprobs(other), rtol=0, atol=1e-4)
 
 
 def run(test):
