@@ -11,13 +11,28 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxserve.kernels_pallas.kv_pages import LANES
-from jaxserve.kernels_pallas.paged_attention.tpu_launch import LaunchShape
-from jaxserve.kernels_pallas.paged_attention.tpu_plan import MAX_UNROLLED, pad_sublanes
+from jaxserve.kernels_pallas.kv_pages import LANES, PagesLayout
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import MAX_UNROLLED, Blocks, pad_sublanes
+from jaxserve.kernels_pallas.paged_attention.tpu_stream import StreamShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeShape(LaunchShape):
+class DecodeShape:
+    stream: StreamShape
+    heads_per_unit: int  # query heads
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    adds_bf16: bool
+
+    @property
+    def layout(self) -> PagesLayout:
+        return self.stream.layout
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.stream.blocks
+
     @property
     def query_rows(self) -> int:
         """M."""

@@ -6,7 +6,6 @@ Knows nothing of what a core does with them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,31 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxserve.kernels_pallas.kv_pages import LANES, KVPages, PagesLayout
-from jaxserve.kernels_pallas.paged_attention.tpu_plan import VMEM_LIMIT_BYTES, Blocks, Work
+from jaxserve.kernels_pallas.kv_pages import LANES, KVPages
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import VMEM_LIMIT_BYTES, Work
 from jaxserve.kernels_pallas.paged_attention.tpu_stream import Stream, StreamShape
 
 RunCore = Callable[..., None]  # of the stream, queries, sinks or None, outputs, and scratch by name
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchShape:
-    """What a launch is made for."""
-
-    stream: StreamShape
-    heads_per_unit: int  # query heads
-    scale: float
-    window: int | None
-    soft_cap: float | None
-    adds_bf16: bool
-
-    @property
-    def layout(self) -> PagesLayout:
-        return self.stream.layout
-
-    @property
-    def blocks(self) -> Blocks:
-        return self.stream.blocks
 
 
 def launch_cores(

@@ -33,7 +33,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_block import (
     see,
     weigh,
 )
-from jaxserve.kernels_pallas.paged_attention.tpu_launch import LaunchShape, launch_cores
+from jaxserve.kernels_pallas.paged_attention.tpu_launch import launch_cores
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     ANOTHER_CHIP,
     END_BLOCK,
@@ -65,7 +65,22 @@ from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillShape(LaunchShape):
+class PrefillShape:
+    stream: StreamShape
+    heads_per_unit: int  # query heads
+    scale: float
+    window: int | None
+    soft_cap: float | None
+    adds_bf16: bool
+
+    @property
+    def layout(self) -> PagesLayout:
+        return self.stream.layout
+
+    @property
+    def blocks(self) -> Blocks:
+        return self.stream.blocks
+
     @property
     def token_rows(self) -> int:
         """Y: rows of 128 that the queries of a token take."""
