@@ -37,6 +37,7 @@ from jaxserve.kernels_pallas.round_rows.ref import RoundRows
 from jaxserve.kernels_pallas.row_blocks import BLOCK_ROWS
 from jaxserve.kernels_pallas.sampling import ref as sampling_ref
 from jaxserve.kernels_pallas.shards import ONE_DEVICE, Shards
+from jaxserve.kernels_pallas.stacked_matmul.ref import StackedForm
 
 # Rows that a TPU takes at a time, whose code grows with them; 8 are one tile. Drawing is done for more, since
 # devices that share the vocabulary wait for each other in every block.
@@ -66,6 +67,7 @@ class KernelSet:
     add_norm: Callable = add_norm_ref.add_norm
     int4_matmul: Callable = int4_matmul_ref.int4_matmul
     round_rows: RoundRows = round_rows_ref.round_rows  # of activations, for products of int8
+    stacked: StackedForm | None = None  # products that read bf16 in a stack of layers; None: all cut it out
     grouped_matmul: GroupedForm | None = None  # by matrices of experts; None where a loop has each run
     list_step_work: Callable | None = None  # of attention, for all layers at once; None where there is no use
     block_rows: int = BLOCK_ROWS  # that logits are edited and scored for at a time
@@ -168,6 +170,7 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
     from jaxserve.kernels_pallas.paged_attention.tpu_prefill import paged_prefill
     from jaxserve.kernels_pallas.paged_attention.tpu_step import list_step_work
     from jaxserve.kernels_pallas.round_rows.tpu import round_rows
+    from jaxserve.kernels_pallas.stacked_matmul.tpu import make_form
 
     tuned = tuple(row for row in target.tuned if row.device_kind == target.device_kind)
     chip = replace(CHIPS.get(target.device_kind, ANOTHER_CHIP), tuned=tuned)
@@ -187,6 +190,7 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
         begin_sum=begin_sum,
         add_norm=add_norm,
         round_rows=round_rows,
+        stacked=make_form(chip.num_cores),
         grouped_matmul=grouped_form if target.experts and not grouped_limit else None,
         list_step_work=partial(list_step_work, chip=chip),
         block_rows=TPU_BLOCK_ROWS,

@@ -1,0 +1,348 @@
+"""Products of few rows on a TPU (Pallas): a layer's matrices come from their stack block by block, many of
+them under way at once; the add, the norm, the gate and the matrix behind are in the same launch.
+
+Of few rows a product takes as long as its matrix takes to arrive. XLA's begins with nothing under way, so
+that the first of its large blocks is waited for in every product. Here a block is half a megabyte, the rows
+are normed while the first ones arrive, and blocks of `down` are asked for before those of gate and up end.
+It was never run on a TPU.
+
+A step multiplies R outputs by K of the inputs; a visit is the steps of R outputs. Of a chip with two cores
+each has half of the outputs, so an MLP, whose second product reads all of the first, is two launches there.
+
+Letters beside the usual ones: P parts (gate and up), R outputs and K inputs of a block, S blocks under way, W
+rows of a tile of the stack of norms, C visits of a core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxserve.kernels_pallas.stacked_matmul.blocks import LANES, SUBLANES, Blocks, choose_blocks, serves
+from jaxserve.kernels_pallas.stacked_matmul.ref import StackedForm
+
+VMEM_LIMIT_BYTES = 48 << 20  # the smallest of the chips has 64 MiB
+BUFFER_BYTES = 8 << 20  # what a tpu7x brings in 2 us
+MOST_UNDER_WAY = 16
+DIMS = (((1,), (1,)), ((), ()))
+
+
+def make_form(num_cores: int) -> StackedForm:
+    """The products for a chip of so many cores a device."""
+    return StackedForm(
+        serves=partial(serves, num_cores=num_cores),
+        multiply=partial(multiply, num_cores=num_cores),
+        norm_multiply=partial(norm_multiply, num_cores=num_cores),
+        norm_mlp=partial(norm_mlp, num_cores=num_cores),
+    )
+
+
+def multiply(
+    x_TD: jax.Array, w_LFD: jax.Array, layer: jax.Array, *, num_cores: int, interpret: Any = False
+) -> jax.Array:
+    """As ref.multiply."""
+    return _launch(x_TD, None, None, (w_LFD,), None, layer, num_cores=num_cores, interpret=interpret)[0]
+
+
+def norm_multiply(
+    x_TD: jax.Array,
+    y_TD: jax.Array,
+    norm_LD: jax.Array,
+    w_LFD: jax.Array,
+    bias_LF: jax.Array | None,
+    layer: jax.Array,
+    *,
+    eps: float,
+    num_cores: int,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """As ref.norm_multiply."""
+    out_TF, x_TD = _launch(
+        x_TD, y_TD, norm_LD, (w_LFD,), bias_LF, layer, eps=eps, num_cores=num_cores, interpret=interpret
+    )
+    return x_TD, out_TF
+
+
+def norm_mlp(
+    x_TD: jax.Array,
+    y_TD: jax.Array,
+    norm_LD: jax.Array,
+    w_gate_up_LFD: jax.Array,
+    w_down_LDF: jax.Array,
+    layer: jax.Array,
+    *,
+    eps: float,
+    num_cores: int,
+    interpret: Any = False,
+) -> tuple[jax.Array, jax.Array]:
+    """As ref.norm_mlp; what the gate gives is rounded to bf16."""
+    launch = partial(_launch, num_cores=num_cores, interpret=interpret)
+    num_layers, num_gated, width = w_gate_up_LFD.shape
+    gate_up_LPFD = w_gate_up_LFD.reshape(num_layers, 2, num_gated // 2, width)
+    if num_cores == 1:
+        y_TD, x_TD = launch(x_TD, y_TD, norm_LD, (gate_up_LPFD, w_down_LDF), None, layer, eps=eps)
+        return x_TD, y_TD
+    gated_TF, x_TD = launch(x_TD, y_TD, norm_LD, (gate_up_LPFD,), None, layer, eps=eps)
+    return x_TD, launch(gated_TF, None, None, (w_down_LDF,), None, layer)[0]
+
+
+def _launch(
+    x_TD: jax.Array,
+    y_TD: jax.Array | None,
+    norm_LD: jax.Array | None,
+    stacks: tuple[jax.Array, ...],
+    bias_LF: jax.Array | None,
+    layer: jax.Array,
+    *,
+    eps: float = 0.0,
+    num_cores: int,
+    interpret: Any,
+) -> list[jax.Array]:
+    """The product by the last of `stacks`, [L, F, D] or, of what is gated, [L, 2, F, D]; and x + y."""
+    stacks = tuple(w if w.ndim == 4 else w[:, None] for w in stacks)
+    cuts = []
+    for w_LPFD in stacks:
+        _, num_parts, num_outputs, num_inputs = w_LPFD.shape
+        blocks = choose_blocks(num_outputs, num_inputs, num_parts, num_cores)
+        assert blocks is not None, "asked for what is not served"
+        cuts.append(blocks)
+    rows = (x_TD,) if y_TD is None else (x_TD, y_TD)
+    vectors = {"norm": norm_LD, "bias": bias_LF}
+    vectors = {name: stack for name, stack in vectors.items() if stack is not None}
+    out_dtype = jnp.bfloat16 if cuts[-1].num_parts == 2 else jnp.float32
+    outs = [jax.ShapeDtypeStruct((len(x_TD), cuts[-1].num_outputs), out_dtype)]
+    outs += [jax.ShapeDtypeStruct(x_TD.shape, jnp.float32)] * (y_TD is not None)
+    num_bytes = sum(a.size * a.dtype.itemsize for a in [*rows, *outs])
+    num_bytes += sum(blocks.declared_bytes for blocks in cuts)
+    # The first block of a second matrix is under way before it is waited for.
+    num_bytes -= sum(blocks.block_bytes * num_cores for blocks in cuts[1:])
+    return pl.pallas_call(
+        partial(_run, cuts=cuts, eps=eps),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(num_cores,),
+            in_specs=[
+                tuple(pl.BlockSpec(a.shape, lambda i, _: (0, 0)) for a in rows),
+                {name: _tile_of(stack) for name, stack in vectors.items()},
+                tuple(pl.BlockSpec(memory_space=pltpu.HBM) for _ in stacks),
+            ],
+            out_specs=[[pl.BlockSpec(memory_space=pl.ANY) for _ in outs]],
+            scratch_shapes=[_list_scratch(cuts, outs[0], x_TD, bias_LF)],
+        ),
+        out_shape=[outs],
+        # Of two cores one may add after the other has written.
+        input_output_aliases={1: 1} if y_TD is not None and num_cores == 1 else {},
+        cost_estimate=pl.CostEstimate(
+            flops=2 * len(x_TD) * sum(w.size // len(w) for w in stacks),
+            bytes_accessed=num_bytes,
+            transcendentals=0,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            vmem_limit_bytes=VMEM_LIMIT_BYTES,
+            disable_bounds_checks=not interpret,
+        ),
+        name="stacked_matmul",
+        interpret=interpret,
+    )(layer[None], rows, vectors, stacks)[0]
+
+
+def _list_scratch(
+    cuts: list[Blocks], out_TF: Any, x_TD: jax.Array, bias_LF: jax.Array | None
+) -> dict[str, Any]:
+    num_rows, last = len(x_TD), cuts[-1]
+    scratch: dict[str, Any] = {
+        "sum": pltpu.VMEM(x_TD.shape, jnp.float32),
+        "normed": pltpu.VMEM(x_TD.shape, jnp.bfloat16),
+        "gated": pltpu.VMEM((num_rows, last.num_inputs if len(cuts) == 2 else LANES), jnp.bfloat16),
+        "bias": pltpu.VMEM((1, LANES if bias_LF is None else last.num_outputs), jnp.float32),
+        "leaving": pltpu.VMEM((last.core_visits, num_rows, last.block_outputs), out_TF.dtype),
+        "left": pltpu.SemaphoreType.DMA((2,)),
+        "arriving": [],
+        "arrived": [],
+    }
+    for blocks, depth in zip(cuts, _choose_depths(cuts), strict=True):
+        block = (depth, blocks.num_parts, blocks.block_outputs, blocks.block_inputs)
+        scratch["arriving"].append(pltpu.VMEM(block, jnp.bfloat16))
+        scratch["arrived"].append(pltpu.SemaphoreType.DMA((depth,)))
+    return scratch
+
+
+def _tile_of(stack_LD: jax.Array) -> pl.BlockSpec:
+    """A tile of a stack of vectors, as one row of it would have to be copied out of its tiles."""
+    rows = min(len(stack_LD), SUBLANES)
+    return pl.BlockSpec((rows, stack_LD.shape[1]), lambda i, layer_1: (layer_1[0] // rows, 0))
+
+
+def _choose_depths(cuts: list[Blocks]) -> list[int]:
+    """Blocks of each matrix under way: no more than a core has, nor than the matrix before made room for."""
+    depths, most = [], MOST_UNDER_WAY
+    for blocks in cuts:
+        most = min(most, BUFFER_BYTES // blocks.block_bytes, blocks.least_steps)
+        depths.append(most)
+    return depths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stream:
+    """One core's blocks of one matrix, in their order."""
+
+    blocks: Blocks
+    layer: Any
+    first_visit: Any
+    num_visits: Any
+    w_LPFD: Any
+    arriving_SPRK: Any
+    arrived_S: Any
+
+    @property
+    def depth(self) -> int:
+        return self.arrived_S.shape[0]
+
+    @property
+    def num_steps(self) -> Any:
+        return self.num_visits * self.blocks.steps_per_visit
+
+    def find_outputs(self, visit: Any) -> Any:
+        """The outputs of a visit, as a slice of a part."""
+        count = self.blocks.block_outputs
+        if self.blocks.num_visits == 1:  # of no whole lanes, perhaps
+            return pl.ds(0, count)
+        return pl.ds(pl.multiple_of((self.first_visit + visit) * count, LANES), count)
+
+    def _copy(self, step: Any) -> Any:
+        count, num_steps = self.blocks.block_inputs, self.blocks.steps_per_visit
+        first = 0 if num_steps == 1 else pl.multiple_of(jax.lax.rem(step, num_steps) * count, LANES)
+        inputs = pl.ds(first, count)
+        outputs = self.find_outputs(step // num_steps)
+        slot = jax.lax.rem(step, self.depth)
+        return pltpu.make_async_copy(
+            self.w_LPFD.at[self.layer, :, outputs, inputs],
+            self.arriving_SPRK.at[slot],
+            self.arrived_S.at[slot],
+        )
+
+    def start(self, step: Any) -> None:
+        self._copy(step).start()
+
+    def wait(self, step: Any) -> Any:
+        """The block [P, R, K] of a step, once it is there."""
+        self._copy(step).wait()
+        return self.arriving_SPRK.at[jax.lax.rem(step, self.depth)]
+
+
+def _run(
+    layer_1: Any,
+    rows: tuple[Any, ...],
+    vectors: dict[str, Any],
+    stacks: tuple[Any, ...],
+    outs: list[Any],
+    scratch: dict[str, Any],
+    *,
+    cuts: list[Blocks],
+    eps: float,
+) -> None:
+    core, layer = pl.program_id(0), layer_1[0]
+    streams = []
+    for i, blocks in enumerate(cuts):
+        first_visit = core * blocks.core_visits
+        streams.append(
+            _Stream(
+                blocks=blocks,
+                layer=layer,
+                first_visit=first_visit,
+                num_visits=jnp.minimum(blocks.core_visits, blocks.num_visits - first_visit),
+                w_LPFD=stacks[i],
+                arriving_SPRK=scratch["arriving"][i],
+                arrived_S=scratch["arrived"][i],
+            )
+        )
+    _repeat(streams[0].depth, streams[0].start)
+    h_TD, last = scratch["normed"], streams[-1]
+    if "norm" in vectors:
+        _norm(rows[0], rows[1], _find_row(vectors["norm"], layer), scratch["sum"], h_TD, eps=eps)
+        sum_leaves = pltpu.make_async_copy(scratch["sum"], outs[1], scratch["left"].at[1])
+        pl.when(core == 0)(sum_leaves.start)
+    else:
+        h_TD[...] = rows[0][...].astype(h_TD.dtype)
+    if "bias" in vectors:  # as a row of its own, of which a part can be read
+        scratch["bias"][...] = _find_row(vectors["bias"], layer)
+
+    def leave(visit: Any) -> Any:
+        source, target = scratch["leaving"].at[visit], outs[0].at[:, last.find_outputs(visit)]
+        return pltpu.make_async_copy(source, target, scratch["left"].at[0])
+
+    def finish(visit: Any, sums: list[jax.Array]) -> None:
+        value_TR = _gate(sums)
+        if "bias" in vectors:
+            value_TR += scratch["bias"][:, last.find_outputs(visit)]
+        scratch["leaving"][visit] = value_TR.astype(outs[0].dtype)
+        leave(visit).start()
+
+    def keep(visit: Any, sums: list[jax.Array]) -> None:
+        scratch["gated"][:, streams[0].find_outputs(visit)] = _gate(sums).astype(jnp.bfloat16)
+
+    if len(streams) == 2:
+        _multiply(streams[0], h_TD, keep, last)
+        h_TD = scratch["gated"]
+    _multiply(last, h_TD, finish, None)
+    _repeat(last.num_visits, lambda visit: leave(visit).wait())
+    if "norm" in vectors:
+        pl.when(core == 0)(sum_leaves.wait)
+
+
+def _gate(sums: list[jax.Array]) -> jax.Array:
+    return jax.nn.silu(sums[0]) * sums[1] if len(sums) == 2 else sums[0]
+
+
+def _find_row(tile_WD: Any, layer: Any) -> jax.Array:
+    """The layer's row of the tile that holds it, [1, D]."""
+    return tile_WD[pl.ds(jax.lax.rem(layer, tile_WD.shape[0]), 1), :]
+
+
+def _repeat(count: Any, run: Callable[[Any], None]) -> None:
+    def run_next(i: Any, carry: Any) -> Any:
+        run(i)
+        return carry
+
+    jax.lax.fori_loop(0, count, run_next, jnp.int32(0))
+
+
+def _norm(x_TD: Any, y_TD: Any, weight_1D: jax.Array, sum_TD: Any, h_TD: Any, *, eps: float) -> None:
+    added_TD = x_TD[...] + y_TD[...]
+    sum_TD[...] = added_TD
+    scale_T1 = jax.lax.rsqrt(jnp.mean(added_TD * added_TD, axis=1, keepdims=True) + eps)
+    h_TD[...] = (added_TD * scale_T1 * weight_1D).astype(h_TD.dtype)
+
+
+def _multiply(
+    stream: _Stream, x_TD: Any, finish: Callable[[Any, list[jax.Array]], None], following: _Stream | None
+) -> None:
+    """`finish(visit, sums)` of each visit, with [T, R] of each part. The room of a block is given to the next
+    one that is not under way, of the following matrix once there is none of this."""
+    blocks = stream.blocks
+
+    def visit_next(visit: Any, carry: Any) -> Any:
+        sums = [jnp.zeros((x_TD.shape[0], blocks.block_outputs), jnp.float32)] * blocks.num_parts
+        for i in range(blocks.steps_per_visit):
+            step = visit * blocks.steps_per_visit + i
+            w_PRK = stream.wait(step)
+            x_TK = x_TD[:, i * blocks.block_inputs : (i + 1) * blocks.block_inputs]
+            for part in range(blocks.num_parts):
+                sums[part] += jax.lax.dot_general(x_TK, w_PRK[part], DIMS, preferred_element_type=jnp.float32)
+            later = step + stream.depth
+            pl.when(later < stream.num_steps)(partial(stream.start, later))
+            if following is not None:
+                other = later - stream.num_steps
+                pl.when((other >= 0) & (other < following.depth))(partial(following.start, other))
+        finish(visit, sums)
+        return carry
+
+    jax.lax.fori_loop(0, stream.num_visits, visit_next, jnp.int32(0))
