@@ -170,15 +170,6 @@ def plan_tiles(expert_P: jax.Array, num_experts: int, tile_rows: int) -> Tiles:
     return Tiles(row_P, expert_I, end_E[-1])
 
 
-def find_in_stack(w_FD: Matrix, stack_LFD: Matrix) -> Matrix:
-    """A layer's matrix where it lies in that of all layers, but with scales of its own, which are few: what
-    is cut out of a stack for a kernel is copied."""
-    if isinstance(w_FD, QuantizedMatrix):
-        assert isinstance(stack_LFD, QuantizedMatrix)
-        return replace(w_FD, q_FD=stack_LFD.q_FD)
-    return stack_LFD
-
-
 def take_part(w_FD: Matrix, index: jax.Array, count: int) -> Matrix:
     """One of `count` equal parts of a matrix's rows, of any type."""
 

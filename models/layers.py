@@ -88,28 +88,32 @@ def run_layers(
     added with the norm that follows. Where the first y is None they are added at once (`begin_sum`).
 
     `layers` and `kv` are lists with an entry a layer, or both stacks with an axis of layers in front. Over
-    stacks the program loops: on TPUs that keeps compile time and code apart from the number of layers. The
-    pool of the loop is one array, in which layer l owns the pages from l * P on, so nothing is cut out of it.
+    stacks the program loops: on TPUs that keeps compile time and code apart from the number of layers. Every
+    turn is given all parameters, and `batch.layer` says whose are meant, so that kernels can read them where
+    they lie. The pool of the loop is one array, in which layer l owns the pages from l * P on.
     """
     adds_at_once = y_TD is None
+
+    def run(layer: Any, x_TD: jax.Array, y_TD: jax.Array | None, layer_kv: KVLayer, batch: StepBatch) -> Any:
+        x_TD, y_TD, layer_kv = run_layer(layer, x_TD, y_TD, layer_kv, batch)
+        return (x_TD + y_TD, None, layer_kv) if adds_at_once else (x_TD, y_TD, layer_kv)
+
     if isinstance(kv, list):
         new_kv = []
         for layer, layer_kv in zip(layers, kv, strict=True):
-            x_TD, y_TD, layer_kv = run_layer(layer, x_TD, y_TD, layer_kv, batch)
-            x_TD, y_TD = (x_TD + y_TD, None) if adds_at_once else (x_TD, y_TD)
+            x_TD, y_TD, layer_kv = run(layer, x_TD, y_TD, layer_kv, batch)
             new_kv.append(layer_kv)
         return x_TD if y_TD is None else x_TD + y_TD, new_kv
     num_layers, num_pages = jax.tree.leaves(kv)[0].shape[:2]
 
-    def run_next(carry: tuple[jax.Array, jax.Array | None, KVLayer, jax.Array], layer: Any) -> Any:
-        x_TD, y_TD, layer_kv, index = carry
+    def run_next(carry: tuple[jax.Array, jax.Array | None, KVLayer, jax.Array], _: None) -> Any:
+        *carry, index = carry
         batch_here = batch._replace(layer=index, first_page=index * num_pages)
-        x_TD, y_TD, layer_kv = run_layer(layer, x_TD, y_TD, layer_kv, batch_here)
-        x_TD, y_TD = (x_TD + y_TD, None) if adds_at_once else (x_TD, y_TD)
-        return (x_TD, y_TD, layer_kv, index + 1), None
+        return (*run(layers, *carry, batch_here), index + 1), None
 
     flat_kv = jax.tree.map(lambda pool: pool.reshape(num_layers * num_pages, *pool.shape[2:]), kv)
-    (x_TD, y_TD, flat_kv, _), _ = jax.lax.scan(run_next, (x_TD, y_TD, flat_kv, jnp.int32(0)), layers)
+    carry = (x_TD, y_TD, flat_kv, jnp.int32(0))
+    (x_TD, y_TD, flat_kv, _), _ = jax.lax.scan(run_next, carry, length=num_layers)
     new_kv = jax.tree.map(lambda pool: pool.reshape(num_layers, num_pages, *pool.shape[1:]), flat_kv)
     return x_TD if y_TD is None else x_TD + y_TD, new_kv
 
@@ -129,12 +133,6 @@ def list_work(kernels: KernelSet, batch: StepBatch, kv: KVPool, num_heads: int) 
         num_heads=num_heads,
     )
     return batch._replace(work=work)
-
-
-def keep_channels(y_TF: jax.Array) -> jax.Array:
-    """The same, of a product whose channels become heads with nothing between: XLA for TPUs would give the
-    weight their shape instead, and copy it out of its stack for that."""
-    return jax.lax.platform_dependent(y_TF, tpu=jax.lax.optimization_barrier, default=lambda y_TF: y_TF)
 
 
 def attend(

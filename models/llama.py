@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,13 +20,13 @@ from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, Ten
 from jaxserve.models.layers import (
     RopeScaling,
     attend,
-    keep_channels,
     list_work,
     rope_frequencies,
     rope_tables,
     run_layers,
 )
-from jaxserve.models.quant import embed, gated_mlp, matmul, operand_dtype
+from jaxserve.models.products import LayerProducts
+from jaxserve.models.quant import embed, matmul
 from jaxserve.models.sharding import Division, cut_channels, cut_evenly, cut_heads, repeat_cut
 
 
@@ -162,23 +161,18 @@ class Model(nnx.Module):
         cfg, shards = self.cfg, self.kernels.shards
         batch = list_work(self.kernels, batch, kv, cfg.num_heads)
         graphdef, _ = nnx.split(self.layers[0])
-        dtype = operand_dtype(self.layers[0].w_qkv_FD.get_value())
-        add_norm = partial(self.kernels.add_norm, eps=cfg.norm_eps, dtype=dtype)
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
         @jax.jit
         def run_layer(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
             layer = nnx.merge(graphdef, params)
-            norms = self.layers[0] if self.is_stacked else layer  # of all layers; `batch.layer` says which
-            x_TD, h_TD = add_norm(x_TD, y_TD, norms.attn_norm_D.get_value(), batch.layer)
-            qkv_TF = matmul(h_TD, layer.w_qkv_FD.get_value())
-            b_qkv_F = layer.b_qkv_F
-            qkv_TF = keep_channels(qkv_TF) if b_qkv_F is None else qkv_TF + b_qkv_F.get_value()
-            scale = cfg.head_dim**-0.5
-            o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, scale)
-            y_TD = shards.add(matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value()))
-            x_TD, h_TD = add_norm(x_TD, y_TD, norms.mlp_norm_D.get_value(), batch.layer)
-            y_TD = gated_mlp(h_TD, layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value())
+            products = LayerProducts(self.kernels, batch.layer, cfg.norm_eps)
+            x_TD, qkv_TF = products.norm_multiply(
+                x_TD, y_TD, layer.attn_norm_D, layer.w_qkv_FD, layer.b_qkv_F
+            )
+            o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
+            y_TD = shards.add(products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF))
+            x_TD, y_TD = products.norm_mlp(x_TD, y_TD, layer.mlp_norm_D, layer.w_gate_up_FD, layer.w_down_DF)
             return x_TD, shards.add(y_TD), kv
 
         y_TD = self.kernels.begin_sum(x_TD)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,18 +17,18 @@ from flax import nnx
 
 from jaxserve.kernels_pallas.add_norm.ref import rms_norm
 from jaxserve.kernels_pallas.dispatch import KernelSet
-from jaxserve.models.experts import choose_experts, find_in_stack, run_experts
+from jaxserve.models.experts import choose_experts, run_experts
 from jaxserve.models.hf_config import read_hf_config
 from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, TensorSource
 from jaxserve.models.layers import (
     RopeScaling,
     attend,
-    keep_channels,
     list_work,
     rope_frequencies,
     rope_tables,
     run_layers,
 )
+from jaxserve.models.products import LayerProducts
 from jaxserve.models.quant import embed, matmul, operand_dtype
 from jaxserve.models.sharding import Division, cut_channels, cut_evenly, cut_heads, repeat_cut
 
@@ -178,33 +177,24 @@ class Model(nnx.Module):
         x_TD = embed(batch.token_ids_T, self.embed_VD.get_value(), shards)
         batch = list_work(self.kernels, batch, kv, cfg.num_heads)
         graphdef, _ = nnx.split(self.layers[0])
-        dtype = operand_dtype(self.layers[0].w_qkv_FD.get_value())
-        add_norm = partial(self.kernels.add_norm, eps=cfg.norm_eps, dtype=dtype)
-        grouped, stacks = self.kernels.grouped_matmul, None
-        if self.is_stacked and grouped is not None:
-            # For a kernel, a loop over layers would copy what it cuts out of a stack.
-            stacks = self.layers[0].w_gate_up_FD.get_value(), self.layers[0].w_down_DF.get_value()
+        grouped = self.kernels.grouped_matmul
 
         # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
         @jax.jit
         def run_layer(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
             layer = nnx.merge(graphdef, params)
-            norms = self.layers[0] if self.is_stacked else layer  # of all layers; `batch.layer` says which
-            x_TD, h_TD = add_norm(x_TD, y_TD, norms.attn_norm_D.get_value(), batch.layer)
-            qkv_TF = normalize_heads(
-                matmul(h_TD, layer.w_qkv_FD.get_value()),
-                layer.q_norm_H.get_value(),
-                layer.k_norm_H.get_value(),
-                cfg,
-            )
+            products = LayerProducts(self.kernels, batch.layer, cfg.norm_eps)
+            x_TD, qkv_TF = products.norm_multiply(x_TD, y_TD, layer.attn_norm_D, layer.w_qkv_FD)
+            head_norms = products.pick(layer.q_norm_H), products.pick(layer.k_norm_H)
+            qkv_TF = normalize_heads(qkv_TF, *head_norms, cfg)
             o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
-            y_TD = shards.add(matmul(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF.get_value()))
-            x_TD, h_TD = add_norm(x_TD, y_TD, norms.mlp_norm_D.get_value(), batch.layer)
-            logits_TE = matmul(h_TD, layer.w_router_ED.get_value())
+            y_TD = shards.add(products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF))
+            dtype = operand_dtype(layer.w_gate_up_FD.get_value())
+            x_TD, h_TD = products.add_norm(x_TD, y_TD, layer.mlp_norm_D, dtype)
+            logits_TE = matmul(h_TD, products.pick(layer.w_router_ED))
             chosen = choose_experts(logits_TE, cfg.num_chosen, cfg.normalizes_shares)
-            gate_up, down = layer.w_gate_up_FD.get_value(), layer.w_down_DF.get_value()
-            if stacks is not None:
-                gate_up, down = find_in_stack(gate_up, stacks[0]), find_in_stack(down, stacks[1])
+            find = products.pick if grouped is None else products.leave_in_stack
+            gate_up, down = find(layer.w_gate_up_FD), find(layer.w_down_DF)
             first = 0 if batch.layer is None else batch.layer * cfg.num_experts
             y_TD = run_experts(h_TD, *chosen, gate_up, down, cfg.num_experts, grouped, first)
             return x_TD, shards.add(y_TD), kv
@@ -225,7 +215,7 @@ class Model(nnx.Module):
 
 def normalize_heads(qkv_TF: jax.Array, q_norm_H: jax.Array, k_norm_H: jax.Array, cfg: Config) -> jax.Array:
     """Each head of q and of k by its own rms norm; those of v as they are: [T, F] float32."""
-    qkv_TAH = keep_channels(qkv_TF).reshape(len(qkv_TF), -1, cfg.head_dim)
+    qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, cfg.head_dim)
     q_TNH, k_TKH, v_TKH = jnp.split(qkv_TAH, [cfg.num_heads, cfg.num_heads + cfg.num_kv_heads], axis=1)
     parts = rms_norm(q_TNH, q_norm_H, cfg.norm_eps), rms_norm(k_TKH, k_norm_H, cfg.norm_eps), v_TKH
     return jnp.concatenate(parts, axis=1).reshape(qkv_TF.shape)

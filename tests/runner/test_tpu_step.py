@@ -125,6 +125,31 @@ def test_four_chips_share_the_step_and_each_has_its_rows_of_the_pool():
     assert program.as_text().count('custom_call_target="tpu_custom_call"') == 4 * CFG.num_layers
 
 
+def test_a_loop_over_layers_reads_matrices_where_they_lie_in_their_stack():
+    target = KernelTarget(
+        platform="tpu",
+        head_dim=CFG.head_dim,
+        num_kv_heads=CFG.num_kv_heads,
+        page_size=PAGE_SIZE,
+        kv_dtype="bfloat16",
+        device_kind=device_kind("v5e"),
+    )
+    kernels = choose_kernels(target)
+    params = describe_params(llama.param_specs(CFG), dtype="bfloat16", quantization="none")
+    params = bind_kernels(describe_stacks(params, CFG.num_layers), kernels)
+    graphdef, weights = nnx.split(llama.Model(CFG, params, kernels))
+    pool = replace(POOL, stacks_layers=True)
+    state = jax.eval_shape(partial(make_state, CFG, pool, jnp.dtype(jnp.bfloat16), make_kv=kernels.make_kv))
+    shape = Shape(8, 0)
+    packed = jax.ShapeDtypeStruct((packed_size(shape, pool.table_width),), jnp.int32)
+    step = partial(run_step, graphdef, shape, PAGE_SIZE)
+    options = chosen_options("tpu")
+    report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1, compiler_options=options)
+    num_kernels = 5  # norm and q, k, v; the write; decode; o; norm and MLP
+    assert report.hlo.count('custom_call_target="tpu_custom_call"') == num_kernels
+    assert report.temp_bytes < 2 * CFG.width * CFG.width  # no matrix is copied
+
+
 @pytest.mark.parametrize("quantization", ["none", "int8"])
 def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack(quantization):
     hf_config = json.loads((SHAPES / "qwen3-30b-a3b" / "config.json").read_text())
@@ -150,8 +175,8 @@ def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack(
     step = partial(run_step, graphdef, shape, PAGE_SIZE)
     options = chosen_options("tpu")
     report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1, compiler_options=options)
-    num_kernels = 6  # two norms, the write, decode, two products
-    if quantization == "int8":
-        num_kernels += 6  # the rows of four products of a layer, and of the head's, which are scored too
+    num_kernels = 7  # norm and q, k, v; the write; decode; o; a norm; two products by experts
+    if quantization == "int8":  # q, k, v and o are XLA's; rows of 4 products, and of the head's, scored too
+        num_kernels += 5
     assert report.hlo.count('custom_call_target="tpu_custom_call"') == num_kernels
     assert report.temp_bytes < EXPERTS_BYTES / 8
