@@ -39,18 +39,9 @@ from jaxserve.kernels_pallas.paged_attention.tpu_decode_shape import (
 from jaxserve.kernels_pallas.paged_attention.tpu_launch import launch_cores
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     ANOTHER_CHIP,
-    END_BLOCK,
-    FIRST_BLOCK,
-    KV_LEN,
-    NUM_ITEMS,
-    POSITION,
-    RUN,
     Blocks,
     Chip,
-    Work,
     choose_decode_blocks,
-    list_tiles,
-    pad_table,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries, from_units, order_queries
 from jaxserve.kernels_pallas.paged_attention.tpu_scales import (
@@ -67,6 +58,16 @@ from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
     read_block,
     read_item,
     run_trips,
+)
+from jaxserve.kernels_pallas.paged_attention.tpu_work import (
+    END_BLOCK,
+    FIRST_BLOCK,
+    KV_LEN,
+    NUM_ITEMS,
+    POSITION,
+    RUN,
+    Work,
+    list_decode_work,
 )
 
 
@@ -110,36 +111,13 @@ def paged_decode(
     )
     if work is None:
         rows = (table_XW, slot_R, kv_len_R)
-        work = list_decode_work(*rows, tokens_per_row=tokens_per_row, window=window, blocks=shape.blocks)
+        sizes = {"tokens_per_row": tokens_per_row, "window": window, "blocks": shape.blocks}
+        work = list_decode_work(*rows, **sizes, interpret=interpret)
     sinks = [] if sinks_N is None else [spread_sinks(sinks_N, shape)]
     out_RUAML = _launch(shape, work, gather_rows(queries.q_TUAML, shape), sinks, kv, interpret)
     out_TUYAL = scatter_rows(out_RUAML, shape)
     out_RNH = from_units(out_TUYAL, num_heads, layout)
     return jnp.where(work.is_live_T[:, None, None], out_RNH, 0.0)
-
-
-def list_decode_work(
-    table_XW: jax.Array,
-    slot_R: jax.Array,
-    kv_len_R: jax.Array,
-    *,
-    tokens_per_row: int = 1,
-    window: int | None = None,
-    blocks: Blocks,
-) -> Work:
-    """Which blocks of which pages the rows attend to: no layer changes it but by where its pages begin."""
-    num_rows = len(slot_R) // tokens_per_row
-    kv_len_RQ = kv_len_R.reshape(num_rows, tokens_per_row)
-    tiles = list_tiles(
-        jnp.arange(num_rows, dtype=jnp.int32) * tokens_per_row,
-        jnp.sum(kv_len_RQ > 0, axis=1, dtype=jnp.int32),
-        jnp.max(kv_len_RQ, axis=1),
-        max_tiles=num_rows,
-        blocks=blocks,
-        window=window,
-    )
-    table_R1W = pad_table(table_XW[slot_R[::tokens_per_row]])
-    return Work(tiles, table_R1W, is_live_T=kv_len_R > 0, first_page_1=jnp.zeros(1, jnp.int32))
 
 
 def _launch(shape: DecodeShape, work: Work, q_RUAML, sinks: list, kv: KVPages, interpret) -> jax.Array:

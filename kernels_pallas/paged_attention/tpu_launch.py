@@ -14,8 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.kernels_pallas.kv_pages import LANES, KVPages
-from jaxserve.kernels_pallas.paged_attention.tpu_plan import VMEM_LIMIT_BYTES, Work
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import VMEM_LIMIT_BYTES
 from jaxserve.kernels_pallas.paged_attention.tpu_stream import Stream, StreamShape
+from jaxserve.kernels_pallas.paged_attention.tpu_work import Work
 
 RunCore = Callable[..., None]  # of the stream, queries, sinks or None, outputs, and scratch by name
 

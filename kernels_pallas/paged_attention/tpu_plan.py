@@ -1,27 +1,15 @@
-"""What the TPU's attention can run, its work as a list of tiles, and the sizes of its blocks. Plain XLA.
+"""What the TPU's attention can run, and the sizes of its blocks. Knows nothing of rows, nor of arrays.
 
-A tile is up to I query tokens of one run (a decode row is a run of one token, or of its drafts). It is
-attended to in items: blocks of B tokens of K and V. The kernels walk the items tile by tile, and where a chip
-has two cores each walks its half of them, from a tile on. The list depends on no layer, so that XLA computes
-it once a step for all of them. Two rows of 300 and 100 tokens between padding, blocks of 128:
-
-    run        0   1          2   3
-    tile           0          1                padding is no tile
-    item           0  1  2    3
-
-Sizes come from a model of the chip: so many bytes must be under way as arrive during the latency of a copy,
+A tile of I query tokens is attended to block by block of B tokens of K and V (tpu_work.py lists them). Sizes
+come from a model of the chip: so many bytes must be under way as arrive during the latency of a copy,
 and a tile of a prefill must have so many rows that products take longer than copies. None of it was ever
-timed on a TPU; sizes that were (tpu_tuned.py) go before it. Knows nothing of how a block is attended to.
+timed on a TPU; sizes that were (tpu_tuned.py) go before it.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-import jax
-import jax.numpy as jnp
 
 from jaxserve.kernels_pallas.kv_pages import LANES, SUBLANES, PagesLayout
 
@@ -38,11 +26,6 @@ PREFILL_BUFFER_BYTES = 24 << 20
 QUERY_ROW_BYTES = LANES * (4 + 4 + 2 + 4 + 4 + 4 + 4)  # q twice, as an operand, maximum, sum, output twice
 MIN_TILE_TOKENS, MAX_TILE_TOKENS = 16, 256  # of a prefill
 VMEM_LIMIT_BYTES = 48 << 20  # the smallest of the chips has 64 MiB
-
-# Rows of `tiles_FL`. RUN: of the tile, whose row of the table it reads; TOKEN, POSITION: of its first query,
-# in the step and in its sequence; LIVE: its queries; KV_LEN: tokens that the last one sees; and the blocks.
-RUN, TOKEN, POSITION, LIVE, KV_LEN, FIRST_BLOCK, END_BLOCK = range(7)
-FIRST_TILE, NUM_ITEMS = range(2)  # rows of `cores_2C`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,78 +138,6 @@ def choose_prefill_blocks(
         tile_tokens=max(min(tile_tokens, most, MAX_TILE_TOKENS), MIN_TILE_TOKENS),
         num_cores=chip.num_cores,
     )
-
-
-class TileList(NamedTuple):
-    """L tiles, int32, those of each of C cores behind those of the one before."""
-
-    tiles_FL: jax.Array
-    cores_2C: jax.Array
-
-
-class Work(NamedTuple):
-    """What a launch walks: tiles, and the block tables of their runs."""
-
-    tiles: TileList
-    table_C1W: jax.Array
-    is_live_T: jax.Array  # tokens that attend to anything
-    first_page_1: jax.Array  # int32, of the layer's pages in a pool of several layers: page 0 of the table
-
-
-class StepWork(NamedTuple):
-    """The work of a step's launches, which is that of every layer; None for what the step has not."""
-
-    decode: Work | None
-    prefill: Work | None
-
-    def begin_at(self, first_page: jax.Array) -> StepWork:
-        """The same of a layer whose pages begin there."""
-        return StepWork(*(work and work._replace(first_page_1=first_page[None]) for work in self))
-
-
-def list_tiles(
-    token_C: jax.Array,
-    len_C: jax.Array,
-    kv_len_C: jax.Array,
-    *,
-    max_tiles: int,
-    blocks: Blocks,
-    window: int | None,
-) -> TileList:
-    """The tiles of runs `token_C[c] + [0, len_C[c])`, of which the last token sees `kv_len_C[c]`."""
-    tile_tokens, block_tokens = blocks.tile_tokens, blocks.block_tokens
-    tiles_C = (len_C + tile_tokens - 1) // tile_tokens
-    end_C = jnp.cumsum(tiles_C)
-    index_L = jnp.arange(max_tiles, dtype=jnp.int32)
-    run_L = jnp.sum(index_L[:, None] >= end_C[None, :], axis=1, dtype=jnp.int32)
-    run_L = jnp.minimum(run_L, len(end_C) - 1)
-    offset_L = (index_L - (end_C - tiles_C)[run_L]) * tile_tokens
-    live_L = jnp.minimum(len_C[run_L] - offset_L, tile_tokens)
-    position_L = kv_len_C[run_L] - len_C[run_L] + offset_L
-    first_L = jnp.zeros_like(position_L)
-    if window is not None:
-        first_L = jnp.maximum(position_L + 1 - window, 0) // block_tokens
-    end_L = (position_L + live_L + block_tokens - 1) // block_tokens
-    fields = [run_L, token_C[run_L] + offset_L, position_L, live_L, position_L + live_L, first_L, end_L]
-
-    blocks_L = jnp.where(index_L < end_C[-1], end_L - first_L, 0)
-    done_L = jnp.cumsum(blocks_L)
-    before_M = jnp.append(done_L - blocks_L, done_L[-1])  # items before each tile, and all of them
-    share = -(-done_L[-1] // blocks.num_cores)
-    mark_C1 = (share * jnp.arange(blocks.num_cores + 1, dtype=jnp.int32))[:, None]
-    first_tile_C = jnp.sum(before_M[None, :-1] < mark_C1, axis=1, dtype=jnp.int32)
-    num_items_C = before_M[first_tile_C[1:]] - before_M[first_tile_C[:-1]]
-    first_tile_C = jnp.minimum(first_tile_C[:-1], max_tiles - 1)
-    return TileList(
-        tiles_FL=jnp.stack(fields).astype(jnp.int32),
-        cores_2C=jnp.stack([first_tile_C, num_items_C]).astype(jnp.int32),
-    )
-
-
-def pad_table(table_RW: jax.Array) -> jax.Array:
-    """A table whose rows can be copied in pieces of 128 page ids: [R, 1, W]."""
-    padding = -table_RW.shape[1] % LANES
-    return jnp.pad(table_RW, ((0, 0), (0, padding)))[:, None, :]
 
 
 def pad_sublanes(num_rows: int) -> int:

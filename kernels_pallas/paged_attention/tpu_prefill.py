@@ -36,20 +36,11 @@ from jaxserve.kernels_pallas.paged_attention.tpu_block import (
 from jaxserve.kernels_pallas.paged_attention.tpu_launch import launch_cores
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     ANOTHER_CHIP,
-    END_BLOCK,
-    FIRST_BLOCK,
-    KV_LEN,
-    LIVE,
-    POSITION,
     PREFILL_PRODUCT_ROWS,
-    TOKEN,
     Blocks,
     Chip,
-    Work,
     choose_prefill_blocks,
-    list_tiles,
     pad_sublanes,
-    pad_table,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries, from_units, order_queries
 from jaxserve.kernels_pallas.paged_attention.tpu_scales import load_scales, scale_unit
@@ -61,6 +52,16 @@ from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
     read_block,
     read_item,
     run_trips,
+)
+from jaxserve.kernels_pallas.paged_attention.tpu_work import (
+    END_BLOCK,
+    FIRST_BLOCK,
+    KV_LEN,
+    LIVE,
+    POSITION,
+    TOKEN,
+    Work,
+    list_prefill_work,
 )
 
 
@@ -144,7 +145,8 @@ def paged_prefill(
     )
     if work is None:
         chunks = (table_XW, slot_C, token_C, len_C, kv_len_C)
-        work = list_prefill_work(*chunks, num_tokens=num_tokens, window=window, blocks=blocks)
+        sizes = {"num_tokens": num_tokens, "window": window, "blocks": blocks}
+        work = list_prefill_work(*chunks, **sizes, interpret=interpret)
     q_ZL = _list_rows(queries.q_TUAML, shape)
     sinks = [] if sinks_N is None else [_spread_sinks(sinks_N, shape)]
     out_ZL = _launch(shape, work, q_ZL, sinks, kv, interpret)
@@ -165,25 +167,6 @@ def count_token_rows(layout: PagesLayout, num_heads: int) -> int:
     """Y."""
     heads_per_unit = layout.heads_per_unit * (num_heads // layout.num_kv_heads)
     return pad_sublanes(layout.num_chunks * heads_per_unit)
-
-
-def list_prefill_work(
-    table_XW: jax.Array,
-    slot_C: jax.Array,
-    token_C: jax.Array,
-    len_C: jax.Array,
-    kv_len_C: jax.Array,
-    *,
-    num_tokens: int,
-    window: int | None = None,
-    blocks: Blocks,
-) -> Work:
-    """Which blocks of which pages the chunks attend to: no layer changes it but by where its pages begin."""
-    max_tiles = num_tokens // blocks.tile_tokens + len(len_C)
-    tiles = list_tiles(token_C, len_C, kv_len_C, max_tiles=max_tiles, blocks=blocks, window=window)
-    token_T1 = jnp.arange(num_tokens)[:, None]
-    is_live_T = jnp.any((token_T1 >= token_C) & (token_T1 < token_C + len_C), axis=1)
-    return Work(tiles, pad_table(table_XW[slot_C]), is_live_T, first_page_1=jnp.zeros(1, jnp.int32))
 
 
 def _list_rows(q_TUAML: jax.Array, shape: PrefillShape) -> jax.Array:

@@ -30,13 +30,15 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.kernels_pallas.kv_pages import LANES, PagesLayout
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
+    Blocks,
+)
+from jaxserve.kernels_pallas.paged_attention.tpu_work import (
     END_BLOCK,
     FIRST_BLOCK,
     FIRST_TILE,
     KV_LEN,
     NUM_ITEMS,
     RUN,
-    Blocks,
 )
 
 NO_TILE = -1

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.kernels_pallas.kv_pages import LANES, KVPages, PagesLayout, make_pages
-from jaxserve.kernels_pallas.paged_attention.tpu_decode import list_decode_work, paged_decode
+from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
     MAX_BLOCK_TOKENS,
     MAX_ITEMS,
@@ -35,10 +35,10 @@ from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_prefill import (
     count_token_rows,
-    list_prefill_work,
     paged_prefill,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_stream import PLACES
+from jaxserve.kernels_pallas.paged_attention.tpu_work import list_decode_work, list_prefill_work
 
 NUM_LAUNCHES = 8  # of a program
 NUM_RUNS = 5  # of it; the median counts
@@ -179,7 +179,7 @@ def _prepare_decode(workload: Workload, blocks: Blocks, table_XW: jax.Array, int
     slot_R = jnp.arange(workload.num_rows, dtype=jnp.int32)
     spread = jnp.linspace(workload.context // 8, workload.context, workload.num_rows)
     kv_len_R = jnp.maximum(spread.astype(jnp.int32), 1)
-    work = list_decode_work(table_XW, slot_R, kv_len_R, blocks=blocks)
+    work = list_decode_work(table_XW, slot_R, kv_len_R, blocks=blocks, interpret=interpret)
     attend = partial(paged_decode, scale=1.0, blocks=blocks, interpret=interpret)
     q_RNH = jnp.ones((workload.num_rows, workload.num_heads, workload.layout.head_dim), jnp.bfloat16)
     return attend, q_RNH, work, table_XW, slot_R, kv_len_R
@@ -192,7 +192,8 @@ def _prepare_prefill(workload: Workload, blocks: Blocks, table_XW: jax.Array, in
     len_C = jnp.asarray([half, half], jnp.int32)
     kv_len_C = jnp.asarray([half, max(workload.context, half)], jnp.int32)
     chunks = (slot_C, token_C, len_C, kv_len_C)
-    work = list_prefill_work(table_XW, *chunks, num_tokens=workload.num_tokens, blocks=blocks)
+    sizes = {"num_tokens": workload.num_tokens, "blocks": blocks}
+    work = list_prefill_work(table_XW, *chunks, **sizes, interpret=interpret)
     attend = partial(paged_prefill, scale=1.0, blocks=blocks, interpret=interpret)
     q_TNH = jnp.ones((workload.num_tokens, workload.num_heads, workload.layout.head_dim), jnp.bfloat16)
     return attend, q_TNH, work, table_XW, *chunks

@@ -18,18 +18,16 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxserve.kernels_pallas.kv_pages import PagesLayout, make_pages
 from jaxserve.kernels_pallas.paged_attention.tpu_block import Words, find_tokens
 from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
-from jaxserve.kernels_pallas.paged_attention.tpu_plan import (
-    CHIPS,
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import CHIPS, Blocks, choose_decode_blocks
+from jaxserve.kernels_pallas.paged_attention.tpu_prefill import paged_prefill
+from jaxserve.kernels_pallas.paged_attention.tpu_work import (
     END_BLOCK,
     FIRST_BLOCK,
     LIVE,
     RUN,
     TOKEN,
-    Blocks,
-    choose_decode_blocks,
-    list_tiles,
+    list_run_tiles,
 )
-from jaxserve.kernels_pallas.paged_attention.tpu_prefill import paged_prefill
 from tests.kernels import cases_decode, cases_prefill
 from tests.kernels.cases import Heads, attend_exactly, dequantize, make_pool
 from tests.kernels.cases_decode import DECODE_CASES, DecodeCase
@@ -178,7 +176,8 @@ def test_the_plan_gives_every_block_to_one_core(num_cores, window):
     runs = [(0, 0, 0), (3, 40, 300), (50, 0, 0), (43, 7, 7), (60, 16, 16)]  # token, tokens, tokens seen
     token_C, len_C, kv_len_C = (jnp.asarray(column, jnp.int32) for column in zip(*runs, strict=True))
     blocks = Blocks(block_tokens=128, num_items=1, tile_tokens=16, num_cores=num_cores)
-    tiles = list_tiles(token_C, len_C, kv_len_C, max_tiles=9, blocks=blocks, window=window)
+    sizes: Any = {"max_tiles": 9, "blocks": blocks, "window": window, "interpret": simulate()}
+    tiles = list_run_tiles(token_C, len_C, kv_len_C, **sizes)
     fields, cores = np.asarray(tiles.tiles_FL), np.asarray(tiles.cores_2C)
     walked, wanted = [], []
     for tile, num_items in cores.T:
@@ -241,5 +240,5 @@ def test_the_kernels_compile(operation, chip, heads, dtype, options):
     )
     pool_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kv))
     assert report.temp_bytes < pool_bytes / 8  # no copy of it
-    assert report.hlo.count('custom_call_target="tpu_custom_call"') == 1
+    assert report.hlo.count('custom_call_target="tpu_custom_call"') == 2  # the list of its work, and it
     assert set(TOPOLOGIES) == {chip for chip, *_ in COMPILED}

@@ -10,14 +10,14 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.kernels_pallas.kv_pages import make_pages
-from jaxserve.kernels_pallas.paged_attention.tpu_decode import list_decode_work, paged_decode
-from jaxserve.kernels_pallas.paged_attention.tpu_plan import CHIPS, StepWork, choose_decode_blocks
+from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import CHIPS, choose_decode_blocks
 from jaxserve.kernels_pallas.paged_attention.tpu_prefill import (
     choose_blocks,
-    list_prefill_work,
     paged_prefill,
 )
 from jaxserve.kernels_pallas.paged_attention.tpu_step import list_step_work
+from jaxserve.kernels_pallas.paged_attention.tpu_work import StepWork, list_decode_work, list_prefill_work
 from tests.kernels.cases import store
 from tests.kernels.pages import to_pages
 
@@ -30,16 +30,16 @@ KV = make_pages(16, PAGE_SIZE, 2, 128, "bfloat16")
 
 
 def list_work(decode, prefill):
-    sizes = {"num_tokens": NUM_TOKENS, "num_heads": NUM_HEADS, "chip": CHIP}
+    sizes = {"num_tokens": NUM_TOKENS, "num_heads": NUM_HEADS, "chip": CHIP, "interpret": True}
     return list_step_work(KV, TABLE_XW, decode, prefill, **sizes)
 
 
 def test_it_is_what_a_layer_lists_for_itself():
     work = list_work(DECODE, PREFILL)
     blocks = choose_decode_blocks(KV.layout, PAGE_SIZE, 1, CHIP)
-    decode = list_decode_work(TABLE_XW, *DECODE, blocks=blocks)
+    decode = list_decode_work(TABLE_XW, *DECODE, blocks=blocks, interpret=True)
     blocks = choose_blocks(KV.layout, PAGE_SIZE, NUM_TOKENS, NUM_HEADS, CHIP)
-    prefill = list_prefill_work(TABLE_XW, *PREFILL, num_tokens=NUM_TOKENS, blocks=blocks)
+    prefill = list_prefill_work(TABLE_XW, *PREFILL, num_tokens=NUM_TOKENS, blocks=blocks, interpret=True)
     jax.tree.map(np.testing.assert_array_equal, work, StepWork(decode, prefill))
 
 

@@ -86,6 +86,7 @@ def test_a_step_attends_in_our_kernels_and_copies_neither_weights_nor_pool(shape
     forms = 1 + (shape.num_rows > 0) + (shape.num_tokens > 0)  # the write, decode, prefill
     forms += 2 * (shape.num_rows + shape.num_tokens <= MOST_NORM_ROWS)
     num_kernels = forms * CFG.num_layers
+    num_kernels += (shape.num_rows > 0) + (shape.num_tokens > 0)  # lists of their work, for all layers
     if quantization == "int8":
         num_kernels += 4 * CFG.num_layers + 1  # the rows of each product, and of the head's
     assert entry.count('custom_call_target="tpu_custom_call"') == num_kernels
@@ -122,7 +123,7 @@ def test_four_chips_share_the_step_and_each_has_its_rows_of_the_pool():
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= own_bytes
     assert memory.temp_size_in_bytes < own_bytes / 8
-    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 4 * CFG.num_layers
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 4 * CFG.num_layers + 1
 
 
 def test_a_loop_over_layers_reads_matrices_where_they_lie_in_their_stack():
@@ -145,7 +146,7 @@ def test_a_loop_over_layers_reads_matrices_where_they_lie_in_their_stack():
     step = partial(run_step, graphdef, shape, PAGE_SIZE)
     options = chosen_options("tpu")
     report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1, compiler_options=options)
-    num_kernels = 5  # norm and q, k, v; the write; decode; o; norm and MLP
+    num_kernels = 6  # the list of attention's work; norm and q, k, v; the write; decode; o; norm and MLP
     assert report.hlo.count('custom_call_target="tpu_custom_call"') == num_kernels
     assert report.temp_bytes < 2 * CFG.width * CFG.width  # no matrix is copied
 
@@ -175,7 +176,9 @@ def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack(
     step = partial(run_step, graphdef, shape, PAGE_SIZE)
     options = chosen_options("tpu")
     report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1, compiler_options=options)
-    num_kernels = 7  # norm and q, k, v; the write; decode; o; a norm; two products by experts
+    num_kernels = (
+        8  # the list of work; norm and q, k, v; the write; decode; o; a norm; two products by experts
+    )
     if quantization == "int8":  # q, k, v and o are XLA's; rows of 4 products, and of the head's, scored too
         num_kernels += 5
     assert report.hlo.count('custom_call_target="tpu_custom_call"') == num_kernels
