@@ -190,7 +190,7 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
         begin_sum=begin_sum,
         add_norm=add_norm,
         round_rows=round_rows,
-        stacked=make_form(chip.num_cores),
+        stacked=make_form(chip.num_cores, chip.bytes_per_s),
         grouped_matmul=grouped_form if target.experts and not grouped_limit else None,
         list_step_work=partial(list_step_work, chip=chip),
         block_rows=TPU_BLOCK_ROWS,

@@ -29,26 +29,36 @@ from jaxserve.kernels_pallas.stacked_matmul.blocks import LANES, SUBLANES, Block
 from jaxserve.kernels_pallas.stacked_matmul.ref import StackedForm
 
 VMEM_LIMIT_BYTES = 48 << 20  # the smallest of the chips has 64 MiB
-BUFFER_BYTES = 8 << 20  # what a tpu7x brings in 2 us
+MOST_BUFFER_BYTES = 8 << 20
+BUFFERED_S = 4e-6  # twice what a copy from HBM is guessed to take until it is there
 MOST_UNDER_WAY = 16
 DIMS = (((1,), (1,)), ((), ()))
 
 
-def make_form(num_cores: int) -> StackedForm:
-    """The products for a chip of so many cores a device."""
+def make_form(num_cores: int, bytes_per_s: float) -> StackedForm:
+    """The products for a chip of so many cores a device, each of which reads so much from HBM."""
+    buffer_bytes = min(round(bytes_per_s * BUFFERED_S), MOST_BUFFER_BYTES)
+    sizes: Any = {"num_cores": num_cores, "buffer_bytes": buffer_bytes}
     return StackedForm(
         serves=partial(serves, num_cores=num_cores),
-        multiply=partial(multiply, num_cores=num_cores),
-        norm_multiply=partial(norm_multiply, num_cores=num_cores),
-        norm_mlp=partial(norm_mlp, num_cores=num_cores),
+        multiply=partial(multiply, **sizes),
+        norm_multiply=partial(norm_multiply, **sizes),
+        norm_mlp=partial(norm_mlp, **sizes),
     )
 
 
 def multiply(
-    x_TD: jax.Array, w_LFD: jax.Array, layer: jax.Array, *, num_cores: int, interpret: Any = False
+    x_TD: jax.Array,
+    w_LFD: jax.Array,
+    layer: jax.Array,
+    *,
+    num_cores: int,
+    buffer_bytes: int,
+    interpret: Any = False,
 ) -> jax.Array:
     """As ref.multiply."""
-    return _launch(x_TD, None, None, (w_LFD,), None, layer, num_cores=num_cores, interpret=interpret)[0]
+    sizes: Any = {"num_cores": num_cores, "buffer_bytes": buffer_bytes, "interpret": interpret}
+    return _launch(x_TD, None, None, (w_LFD,), None, layer, **sizes)[0]
 
 
 def norm_multiply(
@@ -61,12 +71,12 @@ def norm_multiply(
     *,
     eps: float,
     num_cores: int,
+    buffer_bytes: int,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As ref.norm_multiply."""
-    out_TF, x_TD = _launch(
-        x_TD, y_TD, norm_LD, (w_LFD,), bias_LF, layer, eps=eps, num_cores=num_cores, interpret=interpret
-    )
+    sizes: Any = {"num_cores": num_cores, "buffer_bytes": buffer_bytes, "interpret": interpret}
+    out_TF, x_TD = _launch(x_TD, y_TD, norm_LD, (w_LFD,), bias_LF, layer, eps=eps, **sizes)
     return x_TD, out_TF
 
 
@@ -80,10 +90,11 @@ def norm_mlp(
     *,
     eps: float,
     num_cores: int,
+    buffer_bytes: int,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As ref.norm_mlp; what the gate gives is rounded to bf16."""
-    launch = partial(_launch, num_cores=num_cores, interpret=interpret)
+    launch = partial(_launch, num_cores=num_cores, buffer_bytes=buffer_bytes, interpret=interpret)
     num_layers, num_gated, width = w_gate_up_LFD.shape
     gate_up_LPFD = w_gate_up_LFD.reshape(num_layers, 2, num_gated // 2, width)
     if num_cores == 1:
@@ -103,6 +114,7 @@ def _launch(
     *,
     eps: float = 0.0,
     num_cores: int,
+    buffer_bytes: int,
     interpret: Any,
 ) -> list[jax.Array]:
     """The product by the last of `stacks`, [L, F, D] or, of what is gated, [L, 2, F, D]; and x + y."""
@@ -134,7 +146,7 @@ def _launch(
                 tuple(pl.BlockSpec(memory_space=pltpu.HBM) for _ in stacks),
             ],
             out_specs=[[pl.BlockSpec(memory_space=pl.ANY) for _ in outs]],
-            scratch_shapes=[_list_scratch(cuts, outs[0], x_TD, bias_LF)],
+            scratch_shapes=[_list_scratch(cuts, buffer_bytes, outs[0], x_TD, bias_LF)],
         ),
         out_shape=[outs],
         # Of two cores one may add after the other has written.
@@ -155,7 +167,7 @@ def _launch(
 
 
 def _list_scratch(
-    cuts: list[Blocks], out_TF: Any, x_TD: jax.Array, bias_LF: jax.Array | None
+    cuts: list[Blocks], buffer_bytes: int, out_TF: Any, x_TD: jax.Array, bias_LF: jax.Array | None
 ) -> dict[str, Any]:
     num_rows, last = len(x_TD), cuts[-1]
     scratch: dict[str, Any] = {
@@ -168,7 +180,7 @@ def _list_scratch(
         "arriving": [],
         "arrived": [],
     }
-    for blocks, depth in zip(cuts, _choose_depths(cuts), strict=True):
+    for blocks, depth in zip(cuts, _choose_depths(cuts, buffer_bytes), strict=True):
         block = (depth, blocks.num_parts, blocks.block_outputs, blocks.block_inputs)
         scratch["arriving"].append(pltpu.VMEM(block, jnp.bfloat16))
         scratch["arrived"].append(pltpu.SemaphoreType.DMA((depth,)))
@@ -181,11 +193,11 @@ def _tile_of(stack_LD: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec((rows, stack_LD.shape[1]), lambda i, layer_1: (layer_1[0] // rows, 0))
 
 
-def _choose_depths(cuts: list[Blocks]) -> list[int]:
+def _choose_depths(cuts: list[Blocks], buffer_bytes: int) -> list[int]:
     """Blocks of each matrix under way: no more than a core has, nor than the matrix before made room for."""
     depths, most = [], MOST_UNDER_WAY
     for blocks in cuts:
-        most = min(most, BUFFER_BYTES // blocks.block_bytes, blocks.least_steps)
+        most = min(most, max(buffer_bytes // blocks.block_bytes, 2), blocks.least_steps)
         depths.append(most)
     return depths
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.kernels_pallas.paged_attention.tpu_plan import CHIPS
 from jaxserve.kernels_pallas.stacked_matmul import ref
-from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu
+from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu, device_kind
 
 EPS = 1e-5
 BF16_STEP = 2.0**-8
@@ -93,11 +94,12 @@ def test_tpu_kernel_simulated(num_cores, capfd, monkeypatch):
         detect_races=True, uninitialized_memory="nan"
     )
     case = make_case(*SHAPE)
+    sizes: Any = {"num_cores": num_cores, "buffer_bytes": 1 << 20, "interpret": interpret}
     form = ref.StackedForm(
-        partial(tpu.serves, num_cores=num_cores),
-        partial(tpu.multiply, num_cores=num_cores, interpret=interpret),
-        partial(tpu.norm_multiply, num_cores=num_cores, interpret=interpret),
-        partial(tpu.norm_mlp, num_cores=num_cores, interpret=interpret),
+        serves=partial(tpu.serves, num_cores=num_cores),
+        multiply=partial(tpu.multiply, **sizes),
+        norm_multiply=partial(tpu.norm_multiply, **sizes),
+        norm_mlp=partial(tpu.norm_mlp, **sizes),
     )
     for got, want in zip(run_all(form, case, 2), run_exactly(case, 2), strict=True):
         assert_close(got, want)
@@ -114,8 +116,9 @@ def describe(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
 def test_tpu_kernel_compiles(chip, width, channels, outputs):
     from jaxserve.kernels_pallas.stacked_matmul import tpu
 
-    num_cores = 2 if chip == "v5p" else 1
-    form, bf16, num_layers = tpu.make_form(num_cores), jnp.bfloat16, 28
+    figures = CHIPS[device_kind(chip)]
+    form = tpu.make_form(figures.num_cores, figures.bytes_per_s)
+    bf16, num_layers = jnp.bfloat16, 28
     x_TD, norm_LD, layer = describe(8, width), describe(num_layers, width), describe(dtype=jnp.int32)
     w_LFD, bias_LF = describe(num_layers, outputs, width, dtype=bf16), describe(num_layers, outputs)
     gate_up_LFD = describe(num_layers, 2 * channels, width, dtype=bf16)
@@ -131,7 +134,7 @@ def test_tpu_kernel_compiles(chip, width, channels, outputs):
 
     arguments = x_TD, x_TD, norm_LD, w_LFD, bias_LF, gate_up_LFD, down_LDF, layer
     report = compile_for_tpu(chip, run, *arguments)
-    assert report.hlo.count('custom_call_target="tpu_custom_call"') == 2 + num_cores
+    assert report.hlo.count('custom_call_target="tpu_custom_call"') == 2 + figures.num_cores
     assert report.temp_bytes < 1 << 20  # no matrix is copied
 
 

@@ -33,6 +33,7 @@ pytestmark = [
         ("qwen2.5-72b", "v5p:2x2x2", 13e6, 1.2),
         ("llama-3-8b", "v6e:4x4", 10e6, 1.3),
         ("llama-3-8b", "tpu7x:2x2x1", 10e6, 1.3),
+        ("llama-3-8b", "v4:2x2x2", 10e6, None),  # a quarter of the others' VMEM; no estimate
     ],
 )
 def test_programs_are_small_write_in_place_and_are_near_the_roofline(
@@ -53,4 +54,5 @@ def test_programs_are_small_write_in_place_and_are_near_the_roofline(
         assert program["temp_bytes"] < 400e6  # nor of what a tpu7x has its sparse cores copy
         assert set(program["collectives"]) <= {"all-reduce", "all-gather"}
     fewest_rows = programs[0]
-    assert fewest_rows["estimate_s"] <= most_times_roofline * fewest_rows["roofline_s"]
+    if most_times_roofline is not None:
+        assert fewest_rows["estimate_s"] <= most_times_roofline * fewest_rows["roofline_s"]
