@@ -81,29 +81,29 @@ def make_operands(shape: LayerShape, num_rows: int, num_layers: int) -> dict[str
     return jax.block_until_ready(drawn)
 
 
-def choose_form(form: str) -> KernelSet:
-    """The kernel's for all that it can cut into blocks, or XLA's beside the same norm."""
-    device = jax.devices()[0]
-    if device.platform != "tpu":
-        if form == "pallas":
-            raise SystemExit(f"bench_products: the kernel is for TPUs, and this is a {device.platform}.")
-        return XLA_KERNELS
+def choose_form(form: str, device_kind: str) -> KernelSet:
+    """A TPU's kernels, with the products of few rows for all that can be cut into blocks, or without them."""
     target = KernelTarget(
         platform="tpu",
         head_dim=128,
         num_kv_heads=1,
         page_size=128,
         kv_dtype="bfloat16",
-        device_kind=device.device_kind,
+        device_kind=device_kind,
     )
-    return bind_form(choose_kernels(target), form)
-
-
-def bind_form(kernels: KernelSet, form: str) -> KernelSet:
+    kernels = choose_kernels(target)
     assert kernels.stacked is not None
-    return replace(
-        kernels, stacked=replace(kernels.stacked, serves=lambda *_: True) if form == "pallas" else None
-    )
+    stacked = replace(kernels.stacked, serves=lambda *_: True) if form == "pallas" else None
+    return replace(kernels, stacked=stacked)
+
+
+def choose_form_here(form: str) -> KernelSet:
+    device = jax.devices()[0]
+    if device.platform == "tpu":
+        return choose_form(form, device.device_kind)
+    if form == "pallas":
+        raise SystemExit(f"bench_products: the kernel is for TPUs, and this is a {device.platform}.")
+    return XLA_KERNELS
 
 
 def run_layers(kernels: KernelSet, q_width: int, operands: dict[str, jax.Array]) -> jax.Array:
@@ -153,7 +153,7 @@ def main() -> None:
     add_ceiling_flags(parser)
     arguments = parser.parse_args()
     forms = ["xla", "pallas"] if arguments.form == "both" else [arguments.form]
-    chosen = {form: choose_form(form) for form in forms}
+    chosen = {form: choose_form_here(form) for form in forms}
     ceilings = measure_ceilings(arguments.copy_mib << 20, arguments.matmul_width)
     print(f"{ceilings}\n")
     found = []

@@ -1,4 +1,4 @@
-"""bench_products.py in XLA's form, which runs anywhere, and both forms compiled for TPUs."""
+"""bench_products.py in XLA's form, which runs anywhere, and in the kernel's, compiled for TPUs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
-from scripts.bench_products import SHAPES, bind_form, describe_operands, run_layers
+from scripts.bench_products import SHAPES, choose_form, describe_operands, run_layers
 from tests.kernels.tpu import compile_for_tpu, device_kind
 
 ROOT = Path(__file__).parents[2]
@@ -39,15 +38,7 @@ def test_it_prints_a_table_and_one_line_of_json():
 @pytest.mark.parametrize("chip", ["v5e", "v5p"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_the_kernel_compiles_for_every_shape(chip, shape):
-    target = KernelTarget(
-        platform="tpu",
-        head_dim=128,
-        num_kv_heads=1,
-        page_size=128,
-        kv_dtype="bfloat16",
-        device_kind=device_kind(chip),
-    )
-    kernels = bind_form(choose_kernels(target), "pallas")
+    kernels = choose_form("pallas", device_kind(chip))
     report = compile_for_tpu(
         chip, partial(run_layers, kernels, shape.q_width), describe_operands(shape, 8, num_layers=2)
     )
