@@ -9,13 +9,15 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jaxserve.kernels_pallas.dispatch import KernelTarget, choose_kernels
+from jaxserve.kernels_pallas.dispatch import KernelSet, KernelTarget, choose_kernels
+from jaxserve.kernels_pallas.grouped_matmul.limits import ExpertShape
 from jaxserve.models import llama, qwen3_moe
 from jaxserve.models.experts import describe_experts
 from jaxserve.models.quant import bind_kernels
@@ -49,6 +51,19 @@ PAGE_SIZE = 128
 POOL = PoolSize(num_pages=1025, page_size=PAGE_SIZE, num_slots=64, table_width=1024)
 
 
+def choose_for_v5e(cfg: Any, kv_dtype: str = "bfloat16", experts: ExpertShape | None = None) -> KernelSet:
+    target = KernelTarget(
+        platform="tpu",
+        head_dim=cfg.head_dim,
+        num_kv_heads=cfg.num_kv_heads,
+        page_size=PAGE_SIZE,
+        kv_dtype=kv_dtype,
+        device_kind=device_kind("v5e"),
+        experts=experts,
+    )
+    return choose_kernels(target)
+
+
 @pytest.mark.parametrize(
     ("shape", "kv_dtype", "quantization"),
     [
@@ -60,15 +75,7 @@ POOL = PoolSize(num_pages=1025, page_size=PAGE_SIZE, num_slots=64, table_width=1
     ids=str,
 )
 def test_a_step_attends_in_our_kernels_and_copies_neither_weights_nor_pool(shape, kv_dtype, quantization):
-    target = KernelTarget(
-        platform="tpu",
-        head_dim=CFG.head_dim,
-        num_kv_heads=CFG.num_kv_heads,
-        page_size=PAGE_SIZE,
-        kv_dtype=kv_dtype,
-        device_kind=device_kind("v5e"),
-    )
-    kernels = choose_kernels(target)
+    kernels = choose_for_v5e(CFG, kv_dtype=kv_dtype)
     params = describe_params(llama.param_specs(CFG), dtype="bfloat16", quantization=quantization)
     graphdef, weights = nnx.split(llama.Model(CFG, bind_kernels(params, kernels), kernels))
     state = jax.eval_shape(partial(make_state, CFG, POOL, jnp.dtype(kv_dtype), make_kv=kernels.make_kv))
@@ -127,15 +134,7 @@ def test_four_chips_share_the_step_and_each_has_its_rows_of_the_pool():
 
 
 def test_a_loop_over_layers_reads_matrices_where_they_lie_in_their_stack():
-    target = KernelTarget(
-        platform="tpu",
-        head_dim=CFG.head_dim,
-        num_kv_heads=CFG.num_kv_heads,
-        page_size=PAGE_SIZE,
-        kv_dtype="bfloat16",
-        device_kind=device_kind("v5e"),
-    )
-    kernels = choose_kernels(target)
+    kernels = choose_for_v5e(CFG)
     params = describe_params(llama.param_specs(CFG), dtype="bfloat16", quantization="none")
     params = bind_kernels(describe_stacks(params, CFG.num_layers), kernels)
     graphdef, weights = nnx.split(llama.Model(CFG, params, kernels))
@@ -155,16 +154,8 @@ def test_a_loop_over_layers_reads_matrices_where_they_lie_in_their_stack():
 def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack(quantization):
     hf_config = json.loads((SHAPES / "qwen3-30b-a3b" / "config.json").read_text())
     cfg = replace(qwen3_moe.Config.from_hf(hf_config), num_layers=3)
-    target = KernelTarget(
-        platform="tpu",
-        head_dim=cfg.head_dim,
-        num_kv_heads=cfg.num_kv_heads,
-        page_size=PAGE_SIZE,
-        kv_dtype="bfloat16",
-        device_kind=device_kind("v5e"),
-        experts=describe_experts(cfg, dtype="bfloat16", quantization=quantization),
-    )
-    kernels = choose_kernels(target)
+    experts = describe_experts(cfg, dtype="bfloat16", quantization=quantization)
+    kernels = choose_for_v5e(cfg, experts=experts)
     params = describe_params(qwen3_moe.param_specs(cfg), dtype="bfloat16", quantization=quantization)
     params = bind_kernels(describe_stacks(params, cfg.num_layers), kernels)
     model = qwen3_moe.Model(cfg, params, kernels)
