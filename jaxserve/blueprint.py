@@ -270,6 +270,7 @@ def _describe_target(
         kv_dtype=precision.kv_dtype,
         compute_capability=machine.compute_capability,
         num_devices=num_devices,
+        dtype=precision.dtype,
         device_kind=machine.device_kind,
         experts=describe_experts(cfg, dtype=precision.dtype, quantization=precision.quantization),
         tuned=machine.tuned,

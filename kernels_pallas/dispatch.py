@@ -89,6 +89,7 @@ class KernelTarget:
     kv_dtype: str
     compute_capability: str = ""  # of a GPU, as in "9.0"
     num_devices: int = 1  # that share each layer
+    dtype: str = "bfloat16"  # that the model is served in
     device_kind: str = ""  # as JAX calls it: which chip the sizes of a TPU's blocks are for
     experts: ExpertShape | None = None  # of a model that has any
     tuned: tuple[TunedBlocks, ...] = ()  # sizes that were timed, of any chip
@@ -108,7 +109,8 @@ def choose_kernels(target: KernelTarget) -> KernelSet:
     kernels = _choose_for_one(target)
     if target.num_devices == 1:
         return kernels
-    shards = Shards(target.num_devices)
+    sends_bf16 = target.platform != "cpu" and target.dtype == "bfloat16"
+    shards = Shards(target.num_devices, sends_bf16)
     drawn_rows = DRAWN_ROWS[target.platform]
     choose_tokens = partial(sampling_ref.choose_tokens, shards=shards, block_rows=drawn_rows)
     return replace(kernels, shards=shards, choose_tokens=choose_tokens)

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 
 TENSOR = "tensor"  # the mesh axis whose devices share each layer
+# Numbers of a sum, up to about which hops take longer than bytes of float32 do (planning/chips.py has both).
+MOST_EXACT_NUMBERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +25,20 @@ class Shards:
     """The devices that share a step. Every method but `count_own` is for use inside the step program."""
 
     num_devices: int = 1
+    sends_bf16: bool = False  # outputs of many tokens, which halves the bytes
 
     def add(self, x: jax.Array) -> jax.Array:
         """The sum over the devices: an all-reduce."""
         return x if self.num_devices == 1 else jax.lax.psum(x, TENSOR)
+
+    def add_outputs(self, y_TD: jax.Array) -> jax.Array:
+        """The sum of what the devices' parts of a block add to the residual stream, in `output_dtype`."""
+        return self.add(y_TD.astype(self.output_dtype(*y_TD.shape)))
+
+    def output_dtype(self, num_tokens: int, width: int) -> jnp.dtype:
+        """What a block's outputs are added up in: each device's part is rounded to it first."""
+        is_rounded = self.sends_bf16 and num_tokens * width > MOST_EXACT_NUMBERS
+        return jnp.dtype(jnp.bfloat16 if is_rounded else jnp.float32)
 
     def find_largest(self, x: jax.Array) -> jax.Array:
         """The largest over the devices, element by element."""

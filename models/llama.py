@@ -171,11 +171,11 @@ class Model(nnx.Module):
                 x_TD, y_TD, layer.attn_norm_D, layer.w_qkv_FD, layer.b_qkv_F
             )
             o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
-            y_TD = shards.add(products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF))
+            y_TD = shards.add_outputs(products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF))
             x_TD, y_TD = products.norm_mlp(x_TD, y_TD, layer.mlp_norm_D, layer.w_gate_up_FD, layer.w_down_DF)
-            return x_TD, shards.add(y_TD), kv
+            return x_TD, shards.add_outputs(y_TD), kv
 
-        y_TD = self.kernels.begin_sum(x_TD)
+        y_TD = self.kernels.begin_sum(x_TD, shards.output_dtype(*x_TD.shape))
         states = [nnx.state(layer) for layer in self.layers]
         return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, y_TD, kv, batch)
 

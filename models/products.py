@@ -42,11 +42,12 @@ class LayerProducts:
         return replace(value, scale_F=_take(value.scale_F, self.layer))
 
     def multiply(self, x_TD: jax.Array, w_FD: nnx.Param) -> jax.Array:
-        """x @ w.T, as `matmul`: float32 [T, F]."""
-        form = self._find_form(x_TD, w_FD)
+        """x @ w.T, as `matmul`, of the last product of a block: [T, F] float32, or what devices add up."""
+        form, value = self._find_form(x_TD, w_FD), w_FD.get_value()
         if form is None:
             return matmul(x_TD, self.pick(w_FD))
-        return form.multiply(x_TD, w_FD.get_value(), self.layer)
+        dtype = self.kernels.shards.output_dtype(len(x_TD), value.shape[-2])
+        return form.multiply(x_TD, value, self.layer, dtype=dtype)
 
     def add_norm(
         self, x_TD: jax.Array, y_TD: jax.Array | None, norm_D: nnx.Param, dtype: jnp.dtype
@@ -81,11 +82,12 @@ class LayerProducts:
         w_gate_up_FD: nnx.Param,
         w_down_DF: nnx.Param,
     ) -> tuple[jax.Array, jax.Array]:
-        """x + y, and the gated MLP of its norm: float32 [T, D] both."""
+        """x + y, float32, and the gated MLP of its norm, in the dtype of `multiply`: [T, D] both."""
         form = self._find_form(x_TD, w_gate_up_FD, num_parts=2)
         if form is not None and y_TD is not None and self._find_form(x_TD, w_down_DF) is not None:
             values = [param.get_value() for param in (norm_D, w_gate_up_FD, w_down_DF)]
-            return form.norm_mlp(x_TD, y_TD, *values, self.layer, eps=self.eps)
+            dtype = self.kernels.shards.output_dtype(*x_TD.shape)
+            return form.norm_mlp(x_TD, y_TD, *values, self.layer, eps=self.eps, dtype=dtype)
         x_TD, h_TD = self.add_norm(x_TD, y_TD, norm_D, operand_dtype(w_gate_up_FD.get_value()))
         return x_TD, gated_mlp(h_TD, self.pick(w_gate_up_FD), self.pick(w_down_DF))
 

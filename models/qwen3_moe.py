@@ -188,7 +188,7 @@ class Model(nnx.Module):
             head_norms = products.pick(layer.q_norm_H), products.pick(layer.k_norm_H)
             qkv_TF = normalize_heads(qkv_TF, *head_norms, cfg)
             o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
-            y_TD = shards.add(products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF))
+            y_TD = shards.add_outputs(products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF))
             dtype = operand_dtype(layer.w_gate_up_FD.get_value())
             x_TD, h_TD = products.add_norm(x_TD, y_TD, layer.mlp_norm_D, dtype)
             logits_TE = matmul(h_TD, products.pick(layer.w_router_ED))
@@ -197,9 +197,9 @@ class Model(nnx.Module):
             gate_up, down = find(layer.w_gate_up_FD), find(layer.w_down_DF)
             first = 0 if batch.layer is None else batch.layer * cfg.num_experts
             y_TD = run_experts(h_TD, *chosen, gate_up, down, cfg.num_experts, grouped, first)
-            return x_TD, shards.add(y_TD), kv
+            return x_TD, shards.add_outputs(y_TD), kv
 
-        y_TD = self.kernels.begin_sum(x_TD)
+        y_TD = self.kernels.begin_sum(x_TD, shards.output_dtype(*x_TD.shape))
         states = [nnx.state(layer) for layer in self.layers]
         return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, y_TD, kv, batch)
 

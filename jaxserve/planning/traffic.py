@@ -4,7 +4,7 @@ Bytes: every weight once, but of an embedding that is not also the head only the
 and of experts as many as tokens would hit that choose at random; K and V of each row's context once, and
 those written. FLOPs: two a weight and token (the head's for rows that sample, and of experts those of the
 token), four a query head, channel and attended token. Collectives: a sum over the devices behind the two
-products of a layer that are cut by columns, and behind the embedding; float32, as the residual stream is.
+products of a layer that are cut by columns, and behind the embedding; float32 or bf16, as they are sent.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jaxserve.blueprint import ModelSketch
+from jaxserve.kernels_pallas.shards import Shards
 from jaxserve.models.interface import ParamSpec
 from jaxserve.weights.served import count_served_bytes
 
-RESIDUAL_BYTES = 4
 SUMS_PER_LAYER = 2
 OTHER_SUMS = 3  # behind the embedding, and two small ones that choose a token of a head that is cut
 
@@ -66,6 +66,7 @@ def count_traffic(sketch: ModelSketch, work: StepWork) -> Traffic:
     attended = work.num_rows * work.context
     attended += work.num_chunk_tokens * (work.context * (work.num_rows == 0) + work.num_chunk_tokens / 2)
     read_tokens = work.num_rows * work.context + (work.context if work.num_chunk_tokens else 0)
+    shards = Shards(tp_size, sends_bf16=sketch.precision.dtype == "bfloat16")
     width = next(spec.shape[1] for spec in specs if spec.kind == "embedding")
     return Traffic(
         weight_bytes=weight_bytes,
@@ -73,7 +74,7 @@ def count_traffic(sketch: ModelSketch, work: StepWork) -> Traffic:
         matmul_flops=matmul_flops,
         attention_flops=4 * cfg.num_layers * cfg.num_heads * cfg.head_dim * attended / tp_size,
         num_sums=SUMS_PER_LAYER * cfg.num_layers + OTHER_SUMS if tp_size > 1 else 0,
-        sum_bytes=RESIDUAL_BYTES * num_tokens * width,
+        sum_bytes=shards.output_dtype(num_tokens, width).itemsize * num_tokens * width,
     )
 
 

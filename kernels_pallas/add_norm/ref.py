@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 
 
-def begin_sum(x_TD: jax.Array) -> jax.Array | None:
-    """What the first layer adds to the residual stream, where a layer's last sum is left to the next one's
-    `add_norm`; None where it is made at once. XLA makes it at once."""
+def begin_sum(x_TD: jax.Array, dtype: jnp.dtype) -> jax.Array | None:
+    """What the first layer adds to the residual stream, in the dtype of what others add, where a layer's last
+    sum is left to the next one's `add_norm`; None where it is made at once. XLA makes it at once."""
     return None
 
 
@@ -25,7 +25,7 @@ def add_norm(
     eps: float,
     dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array]:
-    """x + y, or x where y is None, and its norm: float32 [T, D] both.
+    """x + y, or x where y is None, and its norm: float32 [T, D] both. y may be bf16.
 
     `weight` is [D], or [L, D] of all layers, of which `layer`, an int32, is meant. Other forms give the norm
     in `dtype`, which the products round it to; XLA rounds where they read it.

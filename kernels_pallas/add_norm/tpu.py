@@ -28,9 +28,9 @@ ROWS_AT_ONCE = 16  # a tile of bf16
 MOST_NUMBERS = 1 << 18
 
 
-def begin_sum(x_TD: jax.Array) -> jax.Array | None:
+def begin_sum(x_TD: jax.Array, dtype: jnp.dtype) -> jax.Array | None:
     """As ref.begin_sum: zeros for the kernel; None for many rows, or no whole lanes, which get XLA's form."""
-    return jnp.zeros_like(x_TD) if _is_served(x_TD) else None
+    return jnp.zeros_like(x_TD, dtype) if _is_served(x_TD) else None
 
 
 def _is_served(x_TD: jax.Array) -> bool:
@@ -56,7 +56,7 @@ def add_norm(
     tile_rows = min(len(weight_LD), SUBLANES)
     rows = pl.BlockSpec((num_rows, width), lambda i, _: (0, 0))
     tile = pl.BlockSpec((tile_rows, width), lambda i, layer_1: (layer_1[0] // tile_rows, 0))
-    number_bytes = 3 * 4 + jnp.dtype(dtype).itemsize  # x, y, their sum, its norm
+    number_bytes = 2 * 4 + y_TD.dtype.itemsize + jnp.dtype(dtype).itemsize  # x, their sum, y, the norm
     return pl.pallas_call(
         partial(_norm_rows, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -79,7 +79,7 @@ def _norm_rows(layer_1: Any, x_TD: Any, y_TD: Any, weight_WD: Any, sum_TD: Any, 
 
     def norm(first: Any, count: int) -> None:
         here = pl.ds(first, count)
-        sum_RD = x_TD[here] + y_TD[here]
+        sum_RD = x_TD[here] + y_TD[here].astype(jnp.float32)
         variance_R1 = jnp.mean(sum_RD * sum_RD, axis=1, keepdims=True)
         sum_TD[here] = sum_RD
         h_TD[here] = (sum_RD * jax.lax.rsqrt(variance_R1 + eps) * weight_1D).astype(h_TD.dtype)

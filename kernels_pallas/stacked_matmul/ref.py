@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from jaxserve.kernels_pallas.add_norm.ref import add_norm
 
+FLOAT32 = jnp.dtype(jnp.float32)
+
 
 @dataclass(frozen=True, slots=True)
 class StackedForm:
@@ -25,11 +27,12 @@ class StackedForm:
     norm_mlp: Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def multiply(x_TD: jax.Array, w_LFD: jax.Array, layer: jax.Array) -> jax.Array:
-    """x times the transpose of the layer's matrix, rounded to its dtype before: float32 [T, F]."""
+def multiply(x_TD: jax.Array, w_LFD: jax.Array, layer: jax.Array, *, dtype: jnp.dtype = FLOAT32) -> jax.Array:
+    """x, rounded to the matrix' dtype, times the transpose of the layer's matrix: [T, F] in `dtype`."""
     w_FD = jax.lax.dynamic_index_in_dim(w_LFD, layer, keepdims=False)
     dims = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x_TD.astype(w_FD.dtype), w_FD, dims, preferred_element_type=jnp.float32)
+    x_TD = x_TD.astype(w_FD.dtype)
+    return jax.lax.dot_general(x_TD, w_FD, dims, preferred_element_type=jnp.float32).astype(dtype)
 
 
 def norm_multiply(
@@ -42,7 +45,8 @@ def norm_multiply(
     *,
     eps: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """x + y, and the product of its norm, with the bias where there is one: float32 [T, D] and [T, F]."""
+    """x + y, and the product of its norm, with the bias where there is one: float32 [T, D] and [T, F]. y may
+    be bf16."""
     x_TD, h_TD = add_norm(x_TD, y_TD, norm_LD, layer, eps=eps, dtype=w_LFD.dtype)
     y_TF = multiply(h_TD, w_LFD, layer)
     return x_TD, y_TF if bias_LF is None else y_TF + bias_LF[layer]
@@ -57,8 +61,10 @@ def norm_mlp(
     layer: jax.Array,
     *,
     eps: float,
+    dtype: jnp.dtype = FLOAT32,
 ) -> tuple[jax.Array, jax.Array]:
-    """x + y, and the gated MLP of its norm: float32 [T, D] both. Rows of gate stand before those of up."""
+    """x + y, float32 [T, D], and the gated MLP of its norm, [T, D] rounded to `dtype`. y may be bf16. Rows of
+    gate stand before those of up."""
     x_TD, gate_up_TF = norm_multiply(x_TD, y_TD, norm_LD, w_gate_up_LFD, None, layer, eps=eps)
     gate_TF, up_TF = jnp.split(gate_up_TF, 2, axis=1)
-    return x_TD, multiply(jax.nn.silu(gate_TF) * up_TF, w_down_LDF, layer)
+    return x_TD, multiply(jax.nn.silu(gate_TF) * up_TF, w_down_LDF, layer, dtype=dtype)

@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.kernels_pallas.stacked_matmul.blocks import LANES, SUBLANES, Blocks, choose_blocks, serves
-from jaxserve.kernels_pallas.stacked_matmul.ref import StackedForm
+from jaxserve.kernels_pallas.stacked_matmul.ref import FLOAT32, StackedForm
 
 VMEM_LIMIT_BYTES = 48 << 20  # the smallest of the chips has 64 MiB
 MOST_BUFFER_BYTES = 8 << 20
@@ -52,12 +52,18 @@ def multiply(
     w_LFD: jax.Array,
     layer: jax.Array,
     *,
+    dtype: jnp.dtype = FLOAT32,
     num_cores: int,
     buffer_bytes: int,
     interpret: Any = False,
 ) -> jax.Array:
     """As ref.multiply."""
-    sizes: Any = {"num_cores": num_cores, "buffer_bytes": buffer_bytes, "interpret": interpret}
+    sizes: Any = {
+        "num_cores": num_cores,
+        "buffer_bytes": buffer_bytes,
+        "dtype": dtype,
+        "interpret": interpret,
+    }
     return _launch(x_TD, None, None, (w_LFD,), None, layer, **sizes)[0]
 
 
@@ -89,12 +95,14 @@ def norm_mlp(
     layer: jax.Array,
     *,
     eps: float,
+    dtype: jnp.dtype = FLOAT32,
     num_cores: int,
     buffer_bytes: int,
     interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """As ref.norm_mlp; what the gate gives is rounded to bf16."""
-    launch = partial(_launch, num_cores=num_cores, buffer_bytes=buffer_bytes, interpret=interpret)
+    sizes: Any = {"num_cores": num_cores, "buffer_bytes": buffer_bytes, "interpret": interpret}
+    launch = partial(_launch, dtype=dtype, **sizes)
     num_layers, num_gated, width = w_gate_up_LFD.shape
     gate_up_LPFD = w_gate_up_LFD.reshape(num_layers, 2, num_gated // 2, width)
     if num_cores == 1:
@@ -113,11 +121,14 @@ def _launch(
     layer: jax.Array,
     *,
     eps: float = 0.0,
+    dtype: jnp.dtype = FLOAT32,
     num_cores: int,
     buffer_bytes: int,
     interpret: Any,
 ) -> list[jax.Array]:
-    """The product by the last of `stacks`, [L, F, D] or, of what is gated, [L, 2, F, D]; and x + y."""
+    """The product by the last of `stacks`, [L, F, D] or, of what is gated, [L, 2, F, D]; and x + y.
+
+    The product is in `dtype`, but bf16 where the last is of what is gated."""
     stacks = tuple(w if w.ndim == 4 else w[:, None] for w in stacks)
     cuts = []
     for w_LPFD in stacks:
@@ -128,13 +139,9 @@ def _launch(
     rows = (x_TD,) if y_TD is None else (x_TD, y_TD)
     vectors = {"norm": norm_LD, "bias": bias_LF}
     vectors = {name: stack for name, stack in vectors.items() if stack is not None}
-    out_dtype = jnp.bfloat16 if cuts[-1].num_parts == 2 else jnp.float32
+    out_dtype = jnp.bfloat16 if cuts[-1].num_parts == 2 else dtype
     outs = [jax.ShapeDtypeStruct((len(x_TD), cuts[-1].num_outputs), out_dtype)]
     outs += [jax.ShapeDtypeStruct(x_TD.shape, jnp.float32)] * (y_TD is not None)
-    num_bytes = sum(a.size * a.dtype.itemsize for a in [*rows, *outs])
-    num_bytes += sum(blocks.declared_bytes for blocks in cuts)
-    # The first block of a second matrix is under way before it is waited for.
-    num_bytes -= sum(blocks.block_bytes * num_cores for blocks in cuts[1:])
     return pl.pallas_call(
         partial(_run, cuts=cuts, eps=eps),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -153,7 +160,7 @@ def _launch(
         input_output_aliases={1: 1} if y_TD is not None and num_cores == 1 else {},
         cost_estimate=pl.CostEstimate(
             flops=2 * len(x_TD) * sum(w.size // len(w) for w in stacks),
-            bytes_accessed=num_bytes,
+            bytes_accessed=_count_bytes([*rows, *outs], cuts, num_cores),
             transcendentals=0,
         ),
         compiler_params=pltpu.CompilerParams(
@@ -164,6 +171,14 @@ def _launch(
         name="stacked_matmul",
         interpret=interpret,
     )(layer[None], rows, vectors, stacks)[0]
+
+
+def _count_bytes(arrays: list[Any], cuts: list[Blocks], num_cores: int) -> int:
+    """What a launch is declared to move: rows in and out, and the blocks of matrices."""
+    num_bytes = sum(a.size * a.dtype.itemsize for a in arrays)
+    num_bytes += sum(blocks.declared_bytes for blocks in cuts)
+    # The first block of a second matrix is under way before it is waited for.
+    return num_bytes - sum(blocks.block_bytes * num_cores for blocks in cuts[1:])
 
 
 def _list_scratch(
@@ -328,7 +343,7 @@ def _repeat(count: Any, run: Callable[[Any], None]) -> None:
 
 
 def _norm(x_TD: Any, y_TD: Any, weight_1D: jax.Array, sum_TD: Any, h_TD: Any, *, eps: float) -> None:
-    added_TD = x_TD[...] + y_TD[...]
+    added_TD = x_TD[...] + y_TD[...].astype(jnp.float32)
     sum_TD[...] = added_TD
     scale_T1 = jax.lax.rsqrt(jnp.mean(added_TD * added_TD, axis=1, keepdims=True) + eps)
     h_TD[...] = (added_TD * scale_T1 * weight_1D).astype(h_TD.dtype)

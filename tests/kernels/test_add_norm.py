@@ -43,13 +43,14 @@ def test_reference(adds):
 
 
 @pytest.mark.parametrize(("num_tokens", "width", "num_layers"), SHAPES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_tpu_kernel_simulated(num_tokens, width, num_layers, dtype, capfd):
+@pytest.mark.parametrize(("dtype", "y_dtype"), [("float32",) * 2, ("bfloat16", "float32"), ("bfloat16",) * 2])
+def test_tpu_kernel_simulated(num_tokens, width, num_layers, dtype, y_dtype, capfd):
     from jax.experimental.pallas import tpu as pltpu
 
     from jaxserve.kernels_pallas.add_norm import tpu
 
     x_TD, y_TD, weight_LD = make_case(num_tokens, width, num_layers)
+    y_TD = y_TD.astype(y_dtype)
     interpret: Any = jax.default_backend() != "tpu" and pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan"
     )
@@ -71,7 +72,7 @@ def test_what_the_kernel_does_not_serve_is_added_at_once(num_tokens, width):
     from jaxserve.kernels_pallas.add_norm import tpu
 
     x_TD = jnp.zeros((num_tokens, width))
-    assert tpu.begin_sum(x_TD) is None
+    assert tpu.begin_sum(x_TD, x_TD.dtype) is None
     add_norm = partial(tpu.add_norm, eps=EPS, dtype=jnp.dtype(jnp.bfloat16))
     for y_TD in (None, x_TD):
         assert "pallas_call" not in str(jax.make_jaxpr(add_norm)(x_TD, y_TD, x_TD[0], None))
@@ -79,18 +80,24 @@ def test_what_the_kernel_does_not_serve_is_added_at_once(num_tokens, width):
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize(
-    ("num_tokens", "width", "dtype"),
-    [(1, 896, "bfloat16"), (8, 3584, "bfloat16"), (100, 896, "float32"), (32, 8192, "bfloat16")],
+    ("num_tokens", "width", "dtype", "y_dtype"),
+    [
+        (1, 896, "bfloat16", "float32"),
+        (8, 3584, "bfloat16", "float32"),
+        (100, 896, "float32", "bfloat16"),
+        (32, 8192, "bfloat16", "bfloat16"),
+    ],
 )
-def test_tpu_kernel_compiles(chip, num_tokens, width, dtype):
+def test_tpu_kernel_compiles(chip, num_tokens, width, dtype, y_dtype):
     from jaxserve.kernels_pallas.add_norm import tpu
 
     x_TD = jax.ShapeDtypeStruct((num_tokens, width), jnp.float32)
+    y_TD = jax.ShapeDtypeStruct(x_TD.shape, y_dtype)
     weight_LD = jax.ShapeDtypeStruct((28, width), jnp.float32)
     layer = jax.ShapeDtypeStruct((), jnp.int32)
-    assert tpu.begin_sum(jnp.zeros(x_TD.shape)) is not None
+    assert tpu.begin_sum(jnp.zeros(x_TD.shape), x_TD.dtype) is not None
     add_norm = partial(tpu.add_norm, eps=EPS, dtype=jnp.dtype(dtype))
-    report = compile_for_tpu(chip, add_norm, x_TD, x_TD, weight_LD, layer, donate_argnums=0)
+    report = compile_for_tpu(chip, add_norm, x_TD, y_TD, weight_LD, layer, donate_argnums=0)
     assert report.hlo.count('custom_call_target="tpu_custom_call"') == 1
     assert report.alias_bytes >= 4 * num_tokens * width
     assert report.temp_bytes < 1 << 17

@@ -158,6 +158,22 @@ def test_a_tpu_gets_kernels_of_its_own_and_their_pool():
 
 
 @pytest.mark.parametrize(
+    ("target", "sends_bf16"),
+    [
+        (V5E, True),
+        (H200, True),
+        (replace(V5E, dtype="float32"), False),
+        (replace(H200, platform="cpu"), False),
+    ],
+)
+def test_accelerators_send_outputs_of_many_tokens_in_the_dtype_of_the_weights(target, sends_bf16):
+    shards = choose_kernels(replace(target, num_devices=2)).shards
+    assert shards.output_dtype(8, 8192) == jnp.float32
+    assert shards.output_dtype(16, 8192) == (jnp.bfloat16 if sends_bf16 else jnp.float32)
+    assert choose_kernels(target).shards.output_dtype(16, 8192) == jnp.float32  # nothing is sent
+
+
+@pytest.mark.parametrize(
     ("change", "reason"),
     [
         ({"head_dim": 96}, "the TPU's kernels want heads of 64, 128, 256, not 96"),

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
+from jaxserve.kernels_pallas import shards
+from jaxserve.kernels_pallas.shards import Shards
 from jaxserve.models.interface import Cut
 from jaxserve.models.sharding import cut_channels, cut_evenly, cut_heads, repeat_cut
 from jaxserve.weights.placement import make_placement
@@ -90,6 +94,22 @@ def test_devices_together_compute_the_logits_of_one(tmp_path, name, num_devices)
     model = load_model(tmp_path, placement=placement)
     logits = compute_logits(model, golden.prompt_ids, placement=placement)
     np.testing.assert_allclose(logits, golden.logits, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_outputs_of_many_tokens_are_added_up_as_bf16(tmp_path, name, monkeypatch):
+    """As on accelerators. Each device rounds its part of what a block adds, and nothing else is rounded."""
+    monkeypatch.setattr(shards, "MOST_EXACT_NUMBERS", 1024)
+    write_tiny_checkpoint(tmp_path, name)
+    placement = make_placement(jax.devices()[:4])
+    golden = read_tiny_goldens(name)[33]
+    model = load_model(tmp_path, placement=placement)
+    model.kernels = replace(model.kernels, shards=Shards(4, sends_bf16=True))
+    one_by_one = compute_logits(model, golden.prompt_ids, chunk_tokens=1, placement=placement)
+    np.testing.assert_allclose(one_by_one, golden.logits, atol=2e-4)  # so few numbers are not rounded
+    at_once = compute_logits(model, golden.prompt_ids, placement=placement)
+    error = np.sqrt(np.mean(np.square(at_once - golden.logits)))
+    assert 1e-3 < error < 0.02 * golden.logits.std()
 
 
 @pytest.mark.parametrize("num_devices", [2, 4])

@@ -80,6 +80,8 @@ def test_devices_share_weights_and_sum_after_each_cut_product():
     assert four.kv_bytes == alone.kv_bytes // 4
     assert four.num_sums == 2 * 32 + 3
     assert four.sum_bytes == 8 * 4096 * 4
+    many = count_traffic(sketch("v5p:2x2x1"), StepWork(num_rows=256, context=1000))
+    assert many.sum_bytes == 256 * 4096 * 2
 
 
 def test_one_sequence_is_bound_by_memory_and_a_long_prompt_by_arithmetic():
@@ -134,6 +136,6 @@ def test_sums_cross_the_grid_of_their_devices_on_the_links_that_it_has(
     made = fit(topology, tp_size=tp_size)
     assert made.where.find_part(tp_size).find_group(tp_size) == group
     bound = bound_step(made.sketch, made.where, StepWork(num_rows=512, context=1))
-    sent_bytes = 2 * (tp_size - 1) / tp_size * 512 * 4096 * 4
+    sent_bytes = 2 * (tp_size - 1) / tp_size * 512 * 4096 * 2
     link_s = sent_bytes / (num_links * made.where.chip.link_bytes_per_s)
     assert bound.sums_s == pytest.approx((2 * 32 + 3) * (link_s + 2 * hops * 1e-6))

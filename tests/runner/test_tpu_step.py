@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -130,7 +131,9 @@ def test_four_chips_share_the_step_and_each_has_its_rows_of_the_pool():
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= own_bytes
     assert memory.temp_size_in_bytes < own_bytes / 8
-    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 4 * CFG.num_layers + 1
+    text = program.as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 4 * CFG.num_layers + 1
+    assert len(re.findall(rf"= bf16\[64,{CFG.width}\]\S* all-reduce", text)) == 2 * CFG.num_layers + 1
 
 
 def test_a_loop_over_layers_reads_matrices_where_they_lie_in_their_stack():
