@@ -57,6 +57,11 @@ IGNORED_FLAGS: dict[str, IgnoredFlag] = {
         switches="disable_overlap_schedule",
         values="scheduler_recv_interval",
     ),
+    **_flags(
+        "a long prefill goes through the layers in halves wherever that hides sums over devices",
+        switches="enable_two_batch_overlap enable_single_batch_overlap",
+        values="tbo_token_distribution_threshold",
+    ),
     **_flags("prefill chunks and decode rows always share a step", switches="enable_mixed_chunk"),
     **_flags(
         "requests are admitted by the pages that are free, and retraction frees more",

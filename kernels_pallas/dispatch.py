@@ -6,6 +6,7 @@ so nothing is looked up while a step runs and nothing falls back behind anyone's
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -43,6 +44,11 @@ from jaxserve.kernels_pallas.stacked_matmul.ref import StackedForm
 # devices that share the vocabulary wait for each other in every block.
 TPU_BLOCK_ROWS = 8
 TPU_DRAWN_ROWS = 16
+# Tokens of prefill, from which on a step goes through the layers in two halves where TPUs share a layer
+# (models/layer_loop.py): products of 512 tokens still take longer than their weights take to arrive.
+LEAST_HALVED_TOKENS = 1024
+# The fewest devices whose sums the compiler lets go on beside products.
+LEAST_HALVING_DEVICES = {"TPU v5 lite": 2, "TPU v5": 4, "TPU v6 lite": 4, "TPU7x": 8}
 # More than a step has: each turn of a loop on a GPU waits until the host has read whether there is another.
 GPU_BLOCK_ROWS = 4096
 DRAWN_ROWS = {"cpu": BLOCK_ROWS, "gpu": GPU_BLOCK_ROWS, "tpu": TPU_DRAWN_ROWS}
@@ -70,12 +76,17 @@ class KernelSet:
     stacked: StackedForm | None = None  # products that read bf16 in a stack of layers; None: all cut it out
     grouped_matmul: GroupedForm | None = None  # by matrices of experts; None where a loop has each run
     list_step_work: Callable | None = None  # of attention, for all layers at once; None where there is no use
+    least_halved_tokens: int | None = None  # see `halves`; None: never
     block_rows: int = BLOCK_ROWS  # that logits are edited and scored for at a time
 
     @property
     def reads_int4(self) -> bool:
         """Whether products read 4-bit matrices as they are packed; XLA's form makes them bf16 first."""
         return self.int4_matmul is not int4_matmul_ref.int4_matmul
+
+    def halves(self, num_tokens: int) -> bool:
+        """Whether a step of so many prefill tokens goes through the layers in two halves."""
+        return self.least_halved_tokens is not None and num_tokens >= self.least_halved_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +124,11 @@ def choose_kernels(target: KernelTarget) -> KernelSet:
     shards = Shards(target.num_devices, sends_bf16)
     drawn_rows = DRAWN_ROWS[target.platform]
     choose_tokens = partial(sampling_ref.choose_tokens, shards=shards, block_rows=drawn_rows)
-    return replace(kernels, shards=shards, choose_tokens=choose_tokens)
+    # Of a mixture's experts each has few tokens, and would be read for both halves.
+    least_devices = LEAST_HALVING_DEVICES.get(target.device_kind, math.inf)
+    may_halve = target.num_devices >= least_devices and target.experts is None
+    least_tokens = LEAST_HALVED_TOKENS if may_halve else None
+    return replace(kernels, shards=shards, choose_tokens=choose_tokens, least_halved_tokens=least_tokens)
 
 
 def _choose_for_one(target: KernelTarget) -> KernelSet:

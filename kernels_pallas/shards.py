@@ -33,7 +33,11 @@ class Shards:
 
     def add_outputs(self, y_TD: jax.Array) -> jax.Array:
         """The sum of what the devices' parts of a block add to the residual stream, in `output_dtype`."""
-        return self.add(y_TD.astype(self.output_dtype(*y_TD.shape)))
+        return self.add(self.round_outputs(y_TD))
+
+    def round_outputs(self, y_TD: jax.Array) -> jax.Array:
+        """A device's part as it is sent, in `output_dtype`."""
+        return y_TD.astype(self.output_dtype(*y_TD.shape))
 
     def output_dtype(self, num_tokens: int, width: int) -> jnp.dtype:
         """What a block's outputs are added up in: each device's part is rounded to it first."""

@@ -153,6 +153,7 @@ class StepBatch(NamedTuple):
     table_XW: jax.Array  # int32, page ids by slot (X slots)
     sample_token_B: jax.Array  # int32, index in T of the token whose logits row B samples
     images: ImageTokens | None = None  # None in programs that feed no image
+    rope: tuple[jax.Array, jax.Array] | None = None  # the family's `rope_tables` of the positions
     work: Any = None  # of attention, for kernels that want it listed once for all layers (`list_work`)
     # Where a program loops over stacked layers, int32: whose turn it is, and the first of its pages in the
     # pool of all layers, which is page 0 of `table_XW` and of `write_index_T`.

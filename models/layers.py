@@ -1,4 +1,4 @@
-"""Leaf functions that the families share: rotary embedding, the loop over layers, attention over the pool.
+"""Leaf functions that the families share: rotary embedding, attention over the pool.
 
 Plain functions of arrays; no module state, no configuration objects.
 """
@@ -6,15 +6,13 @@ Plain functions of arrays; no module state, no configuration objects.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve.kernels_pallas.dispatch import KernelSet
-from jaxserve.models.interface import KVLayer, KVPool, StepBatch
+from jaxserve.models.interface import KVLayer, StepBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,87 +66,22 @@ def _turn(angle_TH: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jax.lax.optimization_barrier(tables)
 
 
-# Parameters, x_TD, y_TD, the layer's pool, the batch; and what becomes of all but the first and the last.
-RunLayer = Callable[
-    [Any, jax.Array, jax.Array | None, KVLayer, StepBatch], tuple[jax.Array, jax.Array, KVLayer]
-]
-
-
-def run_layers(
-    run_layer: RunLayer,
-    layers: Any,
-    x_TD: jax.Array,
-    y_TD: jax.Array | None,
-    kv: KVPool,
-    batch: StepBatch,
-) -> tuple[jax.Array, KVPool]:
-    """`run_layer` of every layer in turn, and the pool with what they wrote.
-
-    A layer is given the residual stream x and what the one before adds to it, y, and gives both on, to be
-    added with the norm that follows. Where the first y is None they are added at once (`begin_sum`).
-
-    `layers` and `kv` are lists with an entry a layer, or both stacks with an axis of layers in front. Over
-    stacks the program loops: on TPUs that keeps compile time and code apart from the number of layers. Every
-    turn is given all parameters, and `batch.layer` says whose are meant, so that kernels can read them where
-    they lie. The pool of the loop is one array, in which layer l owns the pages from l * P on.
-    """
-    adds_at_once = y_TD is None
-
-    def run(layer: Any, x_TD: jax.Array, y_TD: jax.Array | None, layer_kv: KVLayer, batch: StepBatch) -> Any:
-        x_TD, y_TD, layer_kv = run_layer(layer, x_TD, y_TD, layer_kv, batch)
-        return (x_TD + y_TD, None, layer_kv) if adds_at_once else (x_TD, y_TD, layer_kv)
-
-    if isinstance(kv, list):
-        new_kv = []
-        for layer, layer_kv in zip(layers, kv, strict=True):
-            x_TD, y_TD, layer_kv = run(layer, x_TD, y_TD, layer_kv, batch)
-            new_kv.append(layer_kv)
-        return x_TD if y_TD is None else x_TD + y_TD, new_kv
-    num_layers, num_pages = jax.tree.leaves(kv)[0].shape[:2]
-
-    def run_next(carry: tuple[jax.Array, jax.Array | None, KVLayer, jax.Array], _: None) -> Any:
-        *carry, index = carry
-        batch_here = batch._replace(layer=index, first_page=index * num_pages)
-        return (*run(layers, *carry, batch_here), index + 1), None
-
-    flat_kv = jax.tree.map(lambda pool: pool.reshape(num_layers * num_pages, *pool.shape[2:]), kv)
-    carry = (x_TD, y_TD, flat_kv, jnp.int32(0))
-    (x_TD, y_TD, flat_kv, _), _ = jax.lax.scan(run_next, carry, length=num_layers)
-    new_kv = jax.tree.map(lambda pool: pool.reshape(num_layers, num_pages, *pool.shape[1:]), flat_kv)
-    return x_TD if y_TD is None else x_TD + y_TD, new_kv
-
-
-def list_work(kernels: KernelSet, batch: StepBatch, kv: KVPool, num_heads: int) -> StepBatch:
-    """The batch with the work of its attention, where kernels want it: the same for all layers."""
-    if kernels.list_step_work is None:
-        return batch
-    num_rows = batch.decode_slot_R.shape[0]
-    prefill = (batch.chunk_slot_C, batch.chunk_token_C - num_rows, batch.chunk_len_C, batch.chunk_kv_len_C)
-    work = kernels.list_step_work(
-        kv[0] if isinstance(kv, list) else kv,
-        batch.table_XW,
-        (batch.decode_slot_R, batch.decode_kv_len_R),
-        prefill,
-        num_tokens=batch.token_ids_T.shape[0] - num_rows,
-        num_heads=num_heads,
-    )
-    return batch._replace(work=work)
-
-
 def attend(
     kernels: KernelSet,
     qkv_TF: jax.Array,
-    rope: tuple[jax.Array, jax.Array],
     kv: KVLayer,
     batch: StepBatch,
     num_heads: int,
     scale: float,
 ) -> tuple[jax.Array, KVLayer]:
-    """Rotate q and k, write the step's K and V to the pool, then attend: decode rows first, chunks behind
-    them. `qkv_TF` holds `num_heads` heads of q, then those of k and of v; `rope` is of `rope_tables`."""
+    """Rotate q and k by the batch's tables, write the step's K and V to the pool, then attend: decode rows
+    first, chunks behind them. `qkv_TF` holds `num_heads` heads of q, then those of k and of v."""
+    assert batch.rope is not None
     qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, kv.head_dim)
     batch, layer, decode_work, prefill_work = _find_layer(batch, kv)
-    q_TNH, kv = kernels.rope_write(kv, qkv_TAH, *rope, batch.write_index_T, num_heads=num_heads, **layer)
+    q_TNH, kv = kernels.rope_write(
+        kv, qkv_TAH, *batch.rope, batch.write_index_T, num_heads=num_heads, **layer
+    )
     num_rows = batch.decode_slot_R.shape[0]  # of q, which kernels may have in an order of their own
     parts = []
     if num_rows:

@@ -17,13 +17,12 @@ from jaxserve.kernels_pallas.add_norm.ref import rms_norm
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.hf_config import read_hf_config
 from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, TensorSource
+from jaxserve.models.layer_loop import Blocks, run_layers
 from jaxserve.models.layers import (
     RopeScaling,
     attend,
-    list_work,
     rope_frequencies,
     rope_tables,
-    run_layers,
 )
 from jaxserve.models.products import LayerProducts
 from jaxserve.models.quant import embed, matmul
@@ -152,32 +151,34 @@ class Model(nnx.Module):
         frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         rope = rope_tables(batch.positions_T, frequencies)
         x_TD = embed(batch.token_ids_T, self.embed_VD.get_value(), self.kernels.shards)
-        return self.run_layers(x_TD, rope, batch, kv)
+        return self.run_layers(x_TD, batch._replace(rope=rope), kv)
 
-    def run_layers(
-        self, x_TD: jax.Array, rope: tuple[jax.Array, jax.Array], batch: StepBatch, kv: KVPool
-    ) -> tuple[jax.Array, KVPool]:
+    def run_layers(self, x_TD: jax.Array, batch: StepBatch, kv: KVPool) -> tuple[jax.Array, KVPool]:
         """The blocks, on embedded tokens and with the rotary tables of any family that shares them."""
-        cfg, shards = self.cfg, self.kernels.shards
-        batch = list_work(self.kernels, batch, kv, cfg.num_heads)
+        cfg = self.cfg
         graphdef, _ = nnx.split(self.layers[0])
 
-        # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
+        # Jits of their own, so that they are traced and lowered once for all layers; XLA inlines them.
         @jax.jit
-        def run_layer(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
+        def run_attention(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
             layer = nnx.merge(graphdef, params)
             products = LayerProducts(self.kernels, batch.layer, cfg.norm_eps)
             x_TD, qkv_TF = products.norm_multiply(
                 x_TD, y_TD, layer.attn_norm_D, layer.w_qkv_FD, layer.b_qkv_F
             )
-            o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
-            y_TD = shards.add_outputs(products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF))
-            x_TD, y_TD = products.norm_mlp(x_TD, y_TD, layer.mlp_norm_D, layer.w_gate_up_FD, layer.w_down_DF)
-            return x_TD, shards.add_outputs(y_TD), kv
+            o_TNH, kv = attend(self.kernels, qkv_TF, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
+            return x_TD, products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF), kv
 
-        y_TD = self.kernels.begin_sum(x_TD, shards.output_dtype(*x_TD.shape))
+        @jax.jit
+        def run_mlp(params: nnx.State, x_TD: jax.Array, y_TD: Any, batch: StepBatch):
+            layer = nnx.merge(graphdef, params)
+            products = LayerProducts(self.kernels, batch.layer, cfg.norm_eps)
+            return products.norm_mlp(x_TD, y_TD, layer.mlp_norm_D, layer.w_gate_up_FD, layer.w_down_DF)
+
         states = [nnx.state(layer) for layer in self.layers]
-        return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, y_TD, kv, batch)
+        layers = states[0] if self.is_stacked else states
+        blocks = Blocks(run_attention, run_mlp)
+        return run_layers(blocks, layers, x_TD, kv, batch, self.kernels, cfg.num_heads)
 
     def compute_logits(self, x_BD: jax.Array) -> jax.Array:
         """Float32 logits [B, V] of some of the rows that `__call__` returned: final norm, then the head.

@@ -151,7 +151,7 @@ class Model(nnx.Module):
             x_TD = merge_features(x_TD, batch.images)
             axes = tuple(axis for axis, count in enumerate(cfg.rope_sections) for _ in range(count))
             rope = axial_rope_tables(batch.images.positions_3T, frequencies, axes)
-        return self.language.run_layers(x_TD, rope, batch, kv)
+        return self.language.run_layers(x_TD, batch._replace(rope=rope), kv)
 
     def compute_logits(self, x_BD: jax.Array) -> jax.Array:
         """Float32 logits [B, V] of some of the rows that `__call__` returned."""

@@ -20,13 +20,12 @@ from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.experts import choose_experts, run_experts
 from jaxserve.models.hf_config import read_hf_config
 from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, TensorSource
+from jaxserve.models.layer_loop import Blocks, run_layers
 from jaxserve.models.layers import (
     RopeScaling,
     attend,
-    list_work,
     rope_frequencies,
     rope_tables,
-    run_layers,
 )
 from jaxserve.models.products import LayerProducts
 from jaxserve.models.quant import embed, matmul, operand_dtype
@@ -171,24 +170,29 @@ class Model(nnx.Module):
 
     def __call__(self, batch: StepBatch, kv: KVPool) -> tuple[jax.Array, KVPool]:
         """One step, as in llama.py: the hidden states of all its tokens [T, D] float32, and the pool."""
-        cfg, shards = self.cfg, self.kernels.shards
+        cfg = self.cfg
         frequencies = rope_frequencies(cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
         rope = rope_tables(batch.positions_T, frequencies)
-        x_TD = embed(batch.token_ids_T, self.embed_VD.get_value(), shards)
-        batch = list_work(self.kernels, batch, kv, cfg.num_heads)
+        x_TD = embed(batch.token_ids_T, self.embed_VD.get_value(), self.kernels.shards)
+        batch = batch._replace(rope=rope)
         graphdef, _ = nnx.split(self.layers[0])
         grouped = self.kernels.grouped_matmul
 
-        # A jit of its own, so that it is traced and lowered once for all layers; XLA inlines it.
+        # Jits of their own, so that they are traced and lowered once for all layers; XLA inlines them.
         @jax.jit
-        def run_layer(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
+        def run_attention(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
             layer = nnx.merge(graphdef, params)
             products = LayerProducts(self.kernels, batch.layer, cfg.norm_eps)
             x_TD, qkv_TF = products.norm_multiply(x_TD, y_TD, layer.attn_norm_D, layer.w_qkv_FD)
             head_norms = products.pick(layer.q_norm_H), products.pick(layer.k_norm_H)
             qkv_TF = normalize_heads(qkv_TF, *head_norms, cfg)
-            o_TNH, kv = attend(self.kernels, qkv_TF, rope, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
-            y_TD = shards.add_outputs(products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF))
+            o_TNH, kv = attend(self.kernels, qkv_TF, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
+            return x_TD, products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF), kv
+
+        @jax.jit
+        def run_mlp(params: nnx.State, x_TD: jax.Array, y_TD: Any, batch: StepBatch):
+            layer = nnx.merge(graphdef, params)
+            products = LayerProducts(self.kernels, batch.layer, cfg.norm_eps)
             dtype = operand_dtype(layer.w_gate_up_FD.get_value())
             x_TD, h_TD = products.add_norm(x_TD, y_TD, layer.mlp_norm_D, dtype)
             logits_TE = matmul(h_TD, products.pick(layer.w_router_ED))
@@ -196,12 +200,12 @@ class Model(nnx.Module):
             find = products.pick if grouped is None else products.leave_in_stack
             gate_up, down = find(layer.w_gate_up_FD), find(layer.w_down_DF)
             first = 0 if batch.layer is None else batch.layer * cfg.num_experts
-            y_TD = run_experts(h_TD, *chosen, gate_up, down, cfg.num_experts, grouped, first)
-            return x_TD, shards.add_outputs(y_TD), kv
+            return x_TD, run_experts(h_TD, *chosen, gate_up, down, cfg.num_experts, grouped, first)
 
-        y_TD = self.kernels.begin_sum(x_TD, shards.output_dtype(*x_TD.shape))
         states = [nnx.state(layer) for layer in self.layers]
-        return run_layers(run_layer, states[0] if self.is_stacked else states, x_TD, y_TD, kv, batch)
+        layers = states[0] if self.is_stacked else states
+        blocks = Blocks(run_attention, run_mlp)
+        return run_layers(blocks, layers, x_TD, kv, batch, self.kernels, cfg.num_heads)
 
     def compute_logits(self, x_BD: jax.Array) -> jax.Array:
         """Float32 logits [B, V] of some of the rows that `__call__` returned: final norm, then the head.

@@ -48,7 +48,7 @@ from jaxserve.runner.buckets import Ladder, Shape
 from jaxserve.runner.device_state import DeviceState, PoolSize, kv_bytes_per_token
 from jaxserve.runner.grouping import group_layers, mark_groups
 from jaxserve.runner.programs import Programs
-from jaxserve.runner.xla_flags import chosen_options, untried_settings
+from jaxserve.runner.xla_flags import untried_settings
 from jaxserve.scheduler.plan import DecodeRow, PrefillChunk
 from jaxserve.types import TokenParams
 from jaxserve.weights.served import count_served_bytes, describe_params
@@ -168,7 +168,7 @@ class StepBench:
         ceilings: Ceilings,
     ) -> StepFigures:
         start_s = time.perf_counter()
-        self._programs.xla_options = {**chosen_options(jax.default_backend()), **self.tried_options}
+        self._programs.tried_options = self.tried_options
         self._programs.compile_one(shape)
         compile_s = time.perf_counter() - start_s
         program = self._programs.ready[shape]

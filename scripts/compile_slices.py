@@ -107,19 +107,43 @@ def _tell(fit, report) -> list[str]:
 
 
 def _compare(fit, report) -> tuple[float | None, float]:
-    """The decode program of fewest rows, at one sequence: the estimate of its operations (estimate.py) with
-    the roofline's of the keys and values that attention reads and of the sums, and the roofline of all.
-    Seconds."""
+    """Seconds of the decode program of fewest rows, at one sequence, and of that of prefill, a whole chunk.
+
+    The estimate of its operations (estimate.py) with the roofline's of what attention reads or multiplies and
+    of sums that are waited for; and the roofline of all.
+    """
     from jaxserve.planning.compilers import choose_programs
     from jaxserve.planning.roofline import bound_step
     from jaxserve.planning.traffic import StepWork, count_traffic
 
-    if report.estimate_s is None or report.shape != choose_programs(fit.blueprint)[0]:
+    fewest_rows, most_rows, *_ = choose_programs(fit.blueprint)
+    if report.estimate_s is None or report.shape in (most_rows, str(report.shape)):
         return None, 0.0
     work = StepWork(num_rows=1, context=fit.context)
+    if report.shape != fewest_rows:
+        work = StepWork(num_rows=0, context=0, num_chunk_tokens=report.shape.num_tokens)
+    traffic = count_traffic(fit.sketch, work)
+    attention_s = traffic.kv_bytes / fit.where.chip.hbm_bytes_per_s
+    if work.num_chunk_tokens:
+        attention_s = traffic.attention_flops / fit.where.chip.bf16_flops
     bound = bound_step(fit.sketch, fit.where, work)
-    kv_s = count_traffic(fit.sketch, work).kv_bytes / fit.where.chip.hbm_bytes_per_s
-    return report.estimate_s + kv_s + bound.sums_s, bound.step_s
+    waits_s = _wait_for_sums(fit, traffic, report.sum_gaps_s)
+    return max(report.estimate_s + attention_s + waits_s, bound.sums_s), bound.step_s
+
+
+def _wait_for_sums(fit, traffic, gaps_s: tuple[float, ...]) -> float:
+    """Those of a layer, two or what they are cut into, last longer than what goes on beside them; and the
+    step's others."""
+    from jaxserve.planning.roofline import bound_sum
+    from jaxserve.planning.traffic import SUMS_PER_LAYER
+
+    num_others = traffic.num_sums - SUMS_PER_LAYER * fit.sketch.cfg.num_layers
+    others_s = num_others * bound_sum(traffic.sum_bytes, fit.sketch.tp_size, fit.where)
+    if not gaps_s:
+        return others_s
+    part_bytes = traffic.sum_bytes * SUMS_PER_LAYER / len(gaps_s)
+    sum_s = bound_sum(part_bytes, fit.sketch.tp_size, fit.where)
+    return others_s + fit.sketch.cfg.num_layers * sum(max(0.0, sum_s - gap_s) for gap_s in gaps_s)
 
 
 def _describe(model: str, names: list[str], fit, report) -> dict:
@@ -137,6 +161,7 @@ def _describe(model: str, names: list[str], fit, report) -> dict:
         "temp_bytes": report.temp_bytes,
         "largest_copy_bytes": report.largest_copy_bytes,
         "collectives": report.collectives,
+        "sum_gaps_s": report.sum_gaps_s,
         "estimate_s": estimate_s,
         "roofline_s": roofline_s,
         "problem": report.problem,

@@ -25,7 +25,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, Sing
 from jaxserve.blueprint import Blueprint
 from jaxserve.kernels_pallas.shards import Shards
 from jaxserve.planning.chips import Chip
-from jaxserve.planning.estimate import count_collectives, count_cycles, find_largest_copy
+from jaxserve.planning.estimate import count_collectives, count_cycles, find_largest_copy, find_sum_gaps
 from jaxserve.planning.slices import Slice
 from jaxserve.runner.batch import packed_size
 from jaxserve.runner.buckets import Shape
@@ -52,6 +52,7 @@ class ProgramReport:
     largest_copy_bytes: int  # of an array that the program only copies
     collectives: dict[str, int]  # of a step in which nobody samples or asks for scores, by name
     estimate_s: float | None  # the compiler's, of a TPU's step without collectives and what attention reads
+    sum_gaps_s: tuple[float, ...] = ()  # of each sum of a layer, what goes on beside it, by the same clock
     problem: str = ""  # why it did not compile; then the figures are 0
 
 
@@ -110,7 +111,8 @@ def compile_programs(blueprint: Blueprint, where: Slice, shapes: list[Shape]) ->
             lower_step, graphdef, shape, blueprint.pool, placement, params, state, packed, *features
         )
         with _lowering_for(devices[0], placement):
-            reports.append(_compile(shape, lower, count_bytes(state), num_loops, where.chip))
+            is_halved = checkpoint.kernels.halves(shape.num_tokens)
+            reports.append(_compile(shape, lower, count_bytes(state), num_loops, where.chip, is_halved))
     if sketch.images is not None:
         vision = cast(Any, nnx.merge(graphdef, params)).vision
         reports += _compile_encoder(vision, sketch.images, placement, features[0], where.chip)
@@ -134,11 +136,17 @@ def _compile_encoder(
 
 
 def _compile(
-    shape: Shape | str, lower: Callable[[], jax.stages.Lowered], state_bytes: int, num_loops: int, chip: Chip
+    shape: Shape | str,
+    lower: Callable[[], jax.stages.Lowered],
+    state_bytes: int,
+    num_loops: int,
+    chip: Chip,
+    is_halved: bool = False,
 ) -> ProgramReport:
     start_s = time.perf_counter()
     try:
-        program = lower().compile(compiler_options=chosen_options(chip.platform))
+        options = chosen_options(chip.platform, chip.device_kind, is_halved)
+        program = lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         return _failed(shape, time.perf_counter() - start_s, str(error))
     return _read_report(shape, time.perf_counter() - start_s, program, state_bytes, num_loops, chip)
@@ -184,10 +192,11 @@ def _read_report(
     shape: Shape | str, compile_s: float, program: Any, state_bytes: int, num_loops: int, chip: Chip
 ) -> ProgramReport:
     memory, text = program.memory_analysis(), program.as_text()
-    num_cycles = 0
+    num_cycles, gaps = 0, []
     if chip.estimate_hz:
         bytes_per_cycle = chip.hbm_bytes_per_s / chip.estimate_hz
         num_cycles = count_cycles(text, num_loops, chip.launch_cycles, bytes_per_cycle)
+        gaps = find_sum_gaps(text, chip.launch_cycles, bytes_per_cycle)
     return ProgramReport(
         shape=shape,
         compile_s=compile_s,
@@ -199,6 +208,7 @@ def _read_report(
         largest_copy_bytes=find_largest_copy(text),
         collectives=count_collectives(text, num_loops),
         estimate_s=num_cycles / chip.estimate_hz if num_cycles else None,
+        sum_gaps_s=tuple(gap / chip.estimate_hz for gap in gaps),
     )
 
 

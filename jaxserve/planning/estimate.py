@@ -10,6 +10,9 @@ Pallas kernels have no such figure. A launch is taken for as long as the compile
 of the memory, though small arrays lie in VMEM. Attention declares none, as what it reads is the sequences':
 its keys and values are roofline.py's as well.
 
+A sum that goes on beside other operations is begun by one and waited for by another. What the schedule has
+between the two is all that can hide it (`find_sum_gaps`).
+
 Cycles are not the chip's: how many of them are a second says the compiler as well, of one large product
 (`Chip.estimate_hz`, from `optimal_seconds` of its cost analysis). Knows no model.
 """
@@ -31,6 +34,9 @@ KERNEL_BYTES = re.compile(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
 COLLECTIVE = re.compile(
     r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
 )
+# Sums that go on within products, and those on sparse cores: begun, and waited for.
+SUM_BEGINS = re.compile(r"^\s+%(?:async-collective-start([\w.]*)|(all-reduce[\w.-]*)\.call-update[\w.]*) = ")
+SUM_ENDS = re.compile(r"^\s+%(?:async-collective-done([\w.]*)|(all-reduce[\w.-]*)\.call-done[\w.]*) = ")
 COPY = re.compile(r"= (\w+?)(\d*)\[([\d,]*)\]\S* copy\(")
 
 
@@ -39,6 +45,8 @@ class _Computation:
     cycles: float = 0
     collectives: Counter[str] = field(default_factory=Counter)
     has_layer: bool = False
+    begun: dict[str, float] = field(default_factory=dict)
+    gaps: list[float] = field(default_factory=list)
     bodies: list[str] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
     choices: list[list[str]] = field(default_factory=list)
@@ -58,6 +66,13 @@ def count_collectives(text: str, num_loops: int) -> dict[str, int]:
     return dict(_add_up(text, num_loops)[1])
 
 
+def find_sum_gaps(text: str, launch_cycles: int, bytes_per_cycle: float) -> list[float]:
+    """Of each sum over devices in a turn of the loop over layers, the cycles of operations between its begin
+    and its end; 0 where nothing goes on beside it."""
+    found, _ = _read_computations(text, launch_cycles, bytes_per_cycle)
+    return next((here.gaps for here in found.values() if here.has_layer and here.gaps), [])
+
+
 def _add_up(
     text: str, num_loops: int, launch_cycles: int = 0, bytes_per_cycle: float = math.inf
 ) -> tuple[float, Counter[str]]:
@@ -75,6 +90,16 @@ def _add_up(
         return here.cycles + sum(part[0] for part in parts), collectives
 
     return add_up(entry)
+
+
+def _follow_sums(line: str, here: _Computation) -> None:
+    if begin := SUM_BEGINS.match(line):
+        here.begun[begin[1] or begin[2] or ""] = here.cycles
+        here.collectives["all-reduce"] += begin[2] is None  # a sparse core's is counted where it is called
+    elif end := SUM_ENDS.match(line):
+        here.gaps.append(here.cycles - here.begun.pop(end[1] or end[2] or ""))
+    elif " all-reduce(" in line:
+        here.gaps.append(0.0)
 
 
 def find_largest_copy(text: str) -> int:
@@ -103,6 +128,7 @@ def _read_computations(
         if cycles := CYCLES.search(line):
             here.cycles += int(cycles[1])
         here.collectives.update(COLLECTIVE.findall(line))
+        _follow_sums(line, here)
         if KERNEL in line:
             here.has_layer = True
             declared = KERNEL_BYTES.search(line)

@@ -1,8 +1,9 @@
 """The least time that a step can take on a chip, from its traffic and the chip's peaks: estimates.
 
 A step takes at least as long as its bytes at the peak of the memory, and as its products at the peak of the
-arithmetic, whichever is longer; sums over devices come on top, as nothing here overlaps them. Programs do not
-reach peaks: what is printed is a bound, and no promise.
+arithmetic, whichever is longer; sums over devices come on top. A step that goes through the layers in halves
+(models/layer_loop.py) may hide them, and takes at least as long as they do. Programs do not reach peaks: what
+is printed is a bound, and no promise.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from jaxserve.blueprint import Blueprint, ModelSketch
 from jaxserve.planning.slices import Slice, count_copies
-from jaxserve.planning.traffic import StepWork, Traffic, count_traffic
+from jaxserve.planning.traffic import StepWork, count_traffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,9 +23,12 @@ class StepBound:
     memory_s: float
     compute_s: float
     sums_s: float
+    may_hide_sums: bool = False
 
     @property
     def step_s(self) -> float:
+        if self.may_hide_sums:
+            return max(self.memory_s, self.compute_s, self.sums_s)
         return max(self.memory_s, self.compute_s) + self.sums_s
 
 
@@ -48,7 +52,8 @@ def bound_step(sketch: ModelSketch, where: Slice, work: StepWork) -> StepBound:
     return StepBound(
         memory_s=traffic.num_bytes / chip.hbm_bytes_per_s,
         compute_s=traffic.matmul_flops / matmul_peak + traffic.attention_flops / chip.bf16_flops,
-        sums_s=_bound_sums(traffic, sketch.tp_size, where),
+        sums_s=traffic.num_sums * bound_sum(traffic.sum_bytes, sketch.tp_size, where),
+        may_hide_sums=sketch.checkpoint.kernels.halves(work.num_chunk_tokens),
     )
 
 
@@ -86,8 +91,9 @@ def count_sequences(blueprint: Blueprint, context: int) -> int:
     return min(blueprint.sizes.max_rows, (blueprint.sizes.num_pages - 1) // pages)
 
 
-def _bound_sums(traffic: Traffic, tp_size: int, where: Slice) -> float:
-    """A sum sends twice (n - 1) / n of its bytes over the links of a device, and crosses the grid twice.
+def bound_sum(num_bytes: float, tp_size: int, where: Slice) -> float:
+    """Seconds of one sum over the devices that share a layer. It sends twice (n - 1) / n of its bytes over
+    the links of a device, and crosses the grid twice.
 
     Links are those of the device with the fewest: on each axis of the group's grid one, or two where it is a
     ring.
@@ -101,5 +107,5 @@ def _bound_sums(traffic: Traffic, tp_size: int, where: Slice) -> float:
         rings = [n == dim and chip.wraps(dim, part.dims) for n, dim in axes]
         num_links = max(1, sum(2 if is_ring else 1 for is_ring in rings))
         hops = max(1, sum(n // 2 if ring else n - 1 for (n, _), ring in zip(axes, rings, strict=True)))
-    sent_bytes = 2 * (tp_size - 1) / tp_size * traffic.sum_bytes
-    return traffic.num_sums * (sent_bytes / (num_links * chip.link_bytes_per_s) + 2 * hops * chip.hop_s)
+    sent_bytes = 2 * (tp_size - 1) / tp_size * num_bytes
+    return sent_bytes / (num_links * chip.link_bytes_per_s) + 2 * hops * chip.hop_s

@@ -39,7 +39,7 @@ from jaxserve.runner.forks import forks_shape, write_forks
 from jaxserve.runner.images import ImageEncoder, ImageSizes
 from jaxserve.runner.sampler import edit_logits, hide_padding, sample
 from jaxserve.runner.scores import score_prompts, score_sampled
-from jaxserve.runner.xla_flags import chosen_options
+from jaxserve.runner.xla_flags import Options, chosen_options
 from jaxserve.weights.placement import ALONE, Placement, make_spec
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
@@ -186,6 +186,7 @@ class Programs:
     ):
         self.compiles = CompileCounter()
         self._hosts = hosts
+        self._kernels = model.kernels
         self._graphdef, params = nnx.split(model)
         self._abstract_params = jax.tree.map(_abstract, params)
         self._placement = placement
@@ -197,7 +198,7 @@ class Programs:
         self._abstract_state = jax.tree.map(_abstract, self.allocate.out_info)
         self._pool = pool
         self.ladder = ladder
-        self.xla_options = chosen_options(jax.default_backend())  # that steps are compiled with
+        self.tried_options: Options = {}  # of XLA, besides those that are chosen
         self._first: list[Future[None]] = []
         self.ready: Mapping[Shape, Any] = {}  # replaced, never changed
         self.write_forks: Callable | None = None  # None until it is compiled
@@ -240,7 +241,9 @@ class Programs:
             self._describe((num_words,)),
             *features,
         )
-        program = lowered.compile(compiler_options=self.xla_options)
+        is_halved = self._kernels.halves(shape.num_tokens)
+        options = chosen_options(jax.default_backend(), jax.devices()[0].device_kind, is_halved)
+        program = lowered.compile(compiler_options={**options, **self.tried_options})
         logger.info("compiled the step of %s in %.1f s", shape, time.perf_counter() - start_s)
 
         def use() -> None:

@@ -173,6 +173,24 @@ def test_accelerators_send_outputs_of_many_tokens_in_the_dtype_of_the_weights(ta
     assert choose_kernels(target).shards.output_dtype(16, 8192) == jnp.float32  # nothing is sent
 
 
+def test_a_long_prefill_goes_in_halves_on_tpus_that_hide_sums_of_dense_models():
+    shared = replace(V5E, num_devices=4)
+    assert [choose_kernels(shared).halves(num_tokens) for num_tokens in (0, 1023, 1024)] == [
+        False,
+        False,
+        True,
+    ]
+    experts = ExpertShape(width=2048, expert_width=768, weights="bfloat16")
+    for other in (
+        V5E,
+        replace(shared, device_kind="TPU v4"),
+        replace(shared, device_kind="TPU7x"),  # whose sums do not go on beside products, but those of eight
+        replace(shared, experts=experts),
+        replace(H200, num_devices=4),
+    ):
+        assert not choose_kernels(other).halves(4096)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -224,7 +242,9 @@ def test_a_step_for_an_h200_attends_in_the_kernel_and_in_place():
     )
     turn = jax.ShapeDtypeStruct((num_rows, 1, 64), jnp.float32)
     report = compile_for_h200(
-        lambda kv, qkv_TF, rope, batch: attend(kernels, qkv_TF, rope, kv, batch, num_heads, 0.1),
+        lambda kv, qkv_TF, rope, batch: attend(
+            kernels, qkv_TF, kv, batch._replace(rope=rope), num_heads, 0.1
+        ),
         KVLayer(pool, pool),
         values(num_rows, (num_heads + 2 * num_kv_heads) * 128),
         (turn, turn),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from jaxserve.planning.estimate import count_collectives, count_cycles, find_largest_copy
+from jaxserve.planning.estimate import count_collectives, count_cycles, find_largest_copy, find_sum_gaps
 
 HLO = """
 %nobody_asks (p: f32[8]) -> f32[8] {
@@ -54,6 +54,39 @@ def test_layers_count_as_often_as_they_run_and_what_nobody_asks_for_does_not():
 
 def test_a_kernel_takes_a_launch_and_the_time_of_the_bytes_that_it_declares():
     assert count_cycles(HLO, 3, 100, 16.0) == 3 * (20 + 2 * 100 + 64 // 16) + 5 + 1
+
+
+# A sum that nothing goes on beside, one within products, and one on sparse cores that begins before it ends.
+SUMS = """
+%by_sparse_cores (p: f32[8]) -> f32[8] {
+  ROOT %r.1 = f32[8]{0} all-reduce(%p), to_apply=%add
+}
+
+%layer (p: f32[8]) -> f32[8] {
+  %r.2 = f32[8]{0} all-reduce(%p), to_apply=%add
+  %k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call", operand_layout={}
+  %async-collective-start.3 = (f32[8]{0}, s32[2]{0}) fusion(%k), calls=%begin
+  %a = f32[8]{0} fusion(%k), backend_config={"window_config":{"estimated_cycles":"20"}}
+  %all-reduce.4.cloned.1.call-start = ((), ()) custom-call-start(), called_computations={%by_sparse_cores}
+  %b = f32[8]{0} fusion(%k), backend_config={"window_config":{"estimated_cycles":"3"}}
+  %all-reduce.4.cloned.1.call-update = ((f32[8]), ()) custom-call-update(%b)
+  %c = f32[8]{0} fusion(%k), backend_config={"window_config":{"estimated_cycles":"400"}}
+  %async-collective-done.3 = f32[8]{0} fusion(%async-collective-start.3), calls=%end
+  %d = f32[8]{0} fusion(%k), backend_config={"window_config":{"estimated_cycles":"5000"}}
+  %all-reduce.4.cloned.1.call-done.y_TD = f32[8]{0} custom-call-done(%all-reduce.4.cloned.1.call-update)
+  %e = f32[8]{0} fusion(%k), backend_config={"window_config":{"estimated_cycles":"60000"}}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %w = f32[8]{0} while(%a), condition=%cond.1, body=%layer
+}
+"""
+
+
+def test_what_can_hide_a_sum_lies_between_its_begin_and_its_end():
+    assert find_sum_gaps(SUMS, 0, math.inf) == [0, 20 + 3 + 400, 400 + 5000]
+    assert count_collectives(SUMS, 2) == {"all-reduce": 2 * 3}
+    assert find_sum_gaps(HLO.replace("all-reduce", "copy"), 0, math.inf) == []
 
 
 def test_another_compilers_program_has_no_cycles():

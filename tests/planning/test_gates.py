@@ -23,14 +23,15 @@ pytestmark = [
 ]
 
 
-# The goals are 10 MB and 1.3; programs that are larger are faster for it (runner/xla_flags.py). A tpu7x likes
-# weights in other tiles than they come in, and must not copy them.
+# The goals are 10 MB and 1.3; programs that are larger are faster for it (runner/xla_flags.py), those of prefill
+# as sums go on within products of theirs. A tpu7x likes weights in other tiles than they come in, and must not
+# copy them.
 @pytest.mark.parametrize(
     ("model", "slice_name", "most_code_bytes", "most_times_roofline"),
     [
-        ("qwen2.5-7b", "v5e:2x2", 10.5e6, 1.15),
-        ("llama-3-8b", "v5e:2x2", 11e6, 1.15),
-        ("qwen2.5-72b", "v5p:2x2x2", 13e6, 1.2),
+        ("qwen2.5-7b", "v5e:2x2", 16e6, 1.15),
+        ("llama-3-8b", "v5e:2x2", 17.5e6, 1.15),
+        ("qwen2.5-72b", "v5p:2x2x2", 14e6, 1.2),
         ("llama-3-8b", "v6e:4x4", 10e6, 1.3),
         ("llama-3-8b", "tpu7x:2x2x1", 10e6, 1.3),
         ("llama-3-8b", "v4:2x2x2", 10e6, None),  # a quarter of the others' VMEM; no estimate
@@ -53,6 +54,9 @@ def test_programs_are_small_write_in_place_and_are_near_the_roofline(
         assert program["largest_copy_bytes"] < 33e6  # no layer's weights or pool; the logits of 256 rows
         assert program["temp_bytes"] < 400e6  # nor of what a tpu7x has its sparse cores copy
         assert set(program["collectives"]) <= {"all-reduce", "all-gather"}
-    fewest_rows = programs[0]
+    fewest_rows, _, prefill = programs
     if most_times_roofline is not None:
         assert fewest_rows["estimate_s"] <= most_times_roofline * fewest_rows["roofline_s"]
+        assert len(prefill["sum_gaps_s"]) == 4  # two of each half, of a layer
+        assert min(prefill["sum_gaps_s"]) > 20e-6
+        assert prefill["estimate_s"] <= 1.35 * prefill["roofline_s"]

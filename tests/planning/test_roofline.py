@@ -92,6 +92,16 @@ def test_one_sequence_is_bound_by_memory_and_a_long_prompt_by_arithmetic():
     assert prefill.step_s == prefill.compute_s > 2 * 2048 * 32 * LAYER_WEIGHTS / 459e12
 
 
+def test_a_long_prefill_may_hide_its_sums():
+    made = fit("tpu7x:2x2x1")
+    short, long = (
+        bound_step(made.sketch, made.where, StepWork(num_rows=0, context=0, num_chunk_tokens=num_tokens))
+        for num_tokens in (512, 2048)
+    )
+    assert short.step_s == max(short.memory_s, short.compute_s) + short.sums_s
+    assert long.step_s == long.sums_s > long.compute_s > long.memory_s  # eight devices, two links each
+
+
 def test_a_prompt_of_two_chunks_takes_both():
     made = fit("v5p:1x1x1", chunked_prefill_size=512)
     assert made.blueprint is not None

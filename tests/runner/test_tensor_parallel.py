@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -32,7 +33,13 @@ POOL = PoolSize(num_pages=4097, page_size=PAGE_SIZE, num_slots=4, table_width=32
 PROMPT = list(range(10, 50))
 
 
-def make_runner(folder: Path, name: str, num_devices: int, kv_dtype: str = "float32") -> ModelRunner:
+def make_runner(
+    folder: Path,
+    name: str,
+    num_devices: int,
+    kv_dtype: str = "float32",
+    least_halved_tokens: int | None = None,
+) -> ModelRunner:
     """Without parameters yet, and without programs."""
     write_tiny_checkpoint(folder, name)
     files = resolve_model(str(folder), on_progress=lambda *_: None)
@@ -50,7 +57,7 @@ def make_runner(folder: Path, name: str, num_devices: int, kv_dtype: str = "floa
         files=files,
         family=family,
         cfg=cfg,
-        kernels=choose_kernels(target),
+        kernels=replace(choose_kernels(target), least_halved_tokens=least_halved_tokens),
         dtype="float32",
         quantization="none",
         placement=make_placement(jax.devices()[:num_devices]),
@@ -62,30 +69,41 @@ def make_runner(folder: Path, name: str, num_devices: int, kv_dtype: str = "floa
 
 
 @pytest.mark.parametrize(
-    ("name", "num_devices"),
+    ("name", "num_devices", "least_halved_tokens"),
     [
-        pytest.param("llama_tied", 2, id="a KV head of zeros"),
-        pytest.param("qwen2", 4, id="KV heads held twice, query heads of zeros"),
+        pytest.param("llama_tied", 2, None, id="a KV head of zeros"),
+        pytest.param("qwen2", 4, None, id="KV heads held twice, query heads of zeros"),
+        pytest.param("qwen2", 2, 8, id="prefill in halves"),
     ],
 )
-def test_greedy_tokens_are_those_of_one_device(tmp_path, name, num_devices):
-    runner = make_runner(tmp_path, name, num_devices)
+def test_greedy_tokens_are_those_of_one_device(tmp_path, name, num_devices, least_halved_tokens):
+    """Of one request, and of two that begin while it decodes, one of them in two chunks."""
+    runner = make_runner(tmp_path, name, num_devices, least_halved_tokens=least_halved_tokens)
     runner.load(lambda *_: None)
     runner.warm_up(lambda *_: None)
     golden = read_tiny_goldens(name)[33]
-    pages = [5, 6, 7, 8, 9]
-    chunk = PrefillChunk(2, 2, 0, 0, golden.prompt_ids, pages, True)
-    init = SlotInit(2, TokenParams(max_new_tokens=32), golden.prompt_ids, [])
-    pending = [runner.step(StepPlan(0, (init,), (), (chunk,)))]
+    prompt, first_id = golden.prompt_ids, golden.greedy_ids[0]
+    inits = [SlotInit(slot, TokenParams(max_new_tokens=32), prompt, []) for slot in range(3)]
+
+    def begin(slot: int, start: int, end: int) -> PrefillChunk:
+        pages = list(range(5 + 10 * slot, 10 + 10 * slot))
+        return PrefillChunk(slot, slot, 0, start, prompt[start:end], pages, end == len(prompt))
+
+    pending = [runner.step(StepPlan(0, (inits[0],), (), (begin(0, 0, 33),)))]
+    others = {34: (begin(1, 0, 20), begin(2, 0, 33)), 36: (begin(1, 20, 33),)}
     for position in range(33, 45):
-        row = DecodeRow(2, 2, 0, position, 5 + position // PAGE_SIZE)
-        pending.append(runner.step(StepPlan(0, (), (row,), ())))
+        row = DecodeRow(0, 0, 0, position, 5 + position // PAGE_SIZE)
+        chunks = others.get(position, ())
+        pending.append(runner.step(StepPlan(0, tuple(inits[1:]) if position == 34 else (), (row,), chunks)))
     runner.programs.compile_one(Shape(1, 0, 4))
     for position in range(45, 61, 4):  # and four steps in a launch
         page = 5 + position // PAGE_SIZE
-        row = DecodeRow(2, 2, 0, position, page, num_steps=4, next_page_id=page + 1)
+        row = DecodeRow(0, 0, 0, position, page, num_steps=4, next_page_id=page + 1)
         pending.append(runner.step(StepPlan(0, (), (row,), (), window=4)))
-    assert [token_id for step in pending for token_id in step.read().token_ids] == golden.greedy_ids[:29]
+    results = [step.read().token_ids for step in pending]
+    assert [results[2].pop(), results[4].pop()] == [first_id, first_id]  # of the others
+    results[2].pop()  # of a chunk that does not sample
+    assert [token_id for token_ids in results for token_id in token_ids] == golden.greedy_ids[:29]
     runner.close()
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from jaxserve.runner.xla_flags import NOT_MEASURED, SETTINGS, XlaSetting, chosen_options
 from tests.kernels.h200 import compile_for_h200
-from tests.kernels.tpu import compile_for_tpu
+from tests.kernels.tpu import TOPOLOGIES, compile_for_tpu, device_kind
 
 
 def test_only_what_was_measured_is_chosen():
@@ -21,13 +21,27 @@ def test_a_setting_is_for_its_platform(monkeypatch):
     assert (chosen_options("gpu"), chosen_options("cpu")) == ({"a": 1}, {})
 
 
+def test_some_are_for_chips_and_for_programs_in_halves():
+    of_all, halved = (
+        chosen_options("tpu", "TPU v6 lite"),
+        chosen_options("tpu", "TPU v6 lite", is_halved=True),
+    )
+    assert of_all == chosen_options("tpu", "TPU v5 lite") == chosen_options("tpu")
+    assert halved.items() > chosen_options("tpu", is_halved=True).items() > of_all.items()
+    of_v5e = chosen_options("tpu", "TPU v5 lite", is_halved=True)
+    assert of_v5e.items() > of_all.items()
+    assert not of_v5e.items() & (halved.items() - chosen_options("tpu", is_halved=True).items())
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: next(iter(setting.options)))
 def test_its_compiler_knows_it(setting):
     x = jnp.ones((64, 64))
     if setting.platform == "gpu":
         assert compile_for_h200(lambda x: x @ x, x, compiler_options=setting.options).hlo
     else:
-        assert compile_for_tpu("v5e", lambda x: x @ x, x, compiler_options=setting.options).hlo
+        chips = [chip for chip in TOPOLOGIES if device_kind(chip) in setting.device_kinds] or ["v5e"]
+        for chip in chips:
+            assert compile_for_tpu(chip, lambda x: x @ x, x, compiler_options=setting.options).hlo
 
 
 def test_an_option_that_xla_does_not_know_is_refused():
