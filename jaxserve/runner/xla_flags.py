@@ -21,10 +21,9 @@ NOT_MEASURED = "not measured yet"
 # that a libtpu does not know is an error; 0.0.42, of jax 0.10.2, and 0.0.50, of jax 0.12.0, know these.
 COMPILED = "compiled for v5e, v5p, v6e and tpu7x with jax 0.12.0.1, run on none: "
 OVERLAPPED = (
-    COMPILED
-    + "a prefill of 2,048 tokens with the sums that nothing hides, the links at their peak, in 142 ms "
-    "instead of 231 (Qwen2.5-72B, v5e:4x4), 40 instead of 51 (7B, v5e:2x2), 86 instead of 110 (72B, v5p:2x2x2), "
-    "78 instead of 118 (72B, v6e:2x4) and 102 instead of 138 (72B, tpu7x:2x2x1), against whole steps without"
+    COMPILED + "a prefill of 2,048 tokens with the sums that nothing hides, links at their peak, in 142 ms "
+    "instead of 231 (Qwen2.5-72B, v5e:4x4), 40 instead of 51 (7B, v5e:2x2), 86 instead of 110 (72B, "
+    "v5p:2x2x2), 78 instead of 118 (72B, v6e:2x4) and 102 instead of 138 (72B, tpu7x:2x2x1)"
 )
 
 

@@ -23,9 +23,9 @@ pytestmark = [
 ]
 
 
-# The goals are 10 MB and 1.3; programs that are larger are faster for it (runner/xla_flags.py), those of prefill
-# as sums go on within products of theirs. A tpu7x likes weights in other tiles than they come in, and must not
-# copy them.
+# The goals are 10 MB and 1.3; programs that are larger are faster for it (runner/xla_flags.py), those of
+# prefill as sums go on within products of theirs. A tpu7x likes weights in other tiles than they come in, and
+# must not copy them.
 @pytest.mark.parametrize(
     ("model", "slice_name", "most_code_bytes", "most_times_roofline"),
     [
