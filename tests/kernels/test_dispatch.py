@@ -183,7 +183,7 @@ def test_a_long_prefill_goes_in_halves_on_tpus_that_hide_sums_of_dense_models():
     experts = ExpertShape(width=2048, expert_width=768, weights="bfloat16")
     for other in (
         V5E,
-        replace(shared, device_kind="TPU v4"),
+        replace(shared, device_kind="TPU v6 lite"),
         replace(shared, device_kind="TPU7x"),  # whose sums do not go on beside products, but those of eight
         replace(shared, experts=experts),
         replace(H200, num_devices=4),

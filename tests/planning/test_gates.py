@@ -27,18 +27,18 @@ pytestmark = [
 # prefill as sums go on within products of theirs. A tpu7x likes weights in other tiles than they come in, and
 # must not copy them.
 @pytest.mark.parametrize(
-    ("model", "slice_name", "most_code_bytes", "most_times_roofline"),
+    ("model", "slice_name", "most_code_bytes", "most_times_roofline", "hides_sums"),
     [
-        ("qwen2.5-7b", "v5e:2x2", 16e6, 1.15),
-        ("llama-3-8b", "v5e:2x2", 17.5e6, 1.15),
-        ("qwen2.5-72b", "v5p:2x2x2", 14e6, 1.2),
-        ("llama-3-8b", "v6e:4x4", 10e6, 1.3),
-        ("llama-3-8b", "tpu7x:2x2x1", 10e6, 1.3),
-        ("llama-3-8b", "v4:2x2x2", 10e6, None),  # a quarter of the others' VMEM; no estimate
+        ("qwen2.5-7b", "v5e:2x2", 16e6, 1.15, True),
+        ("llama-3-8b", "v5e:2x2", 17.5e6, 1.15, True),
+        ("qwen2.5-72b", "v5p:2x2x2", 14e6, 1.2, False),
+        ("llama-3-8b", "v6e:4x4", 10e6, 1.3, False),
+        ("llama-3-8b", "tpu7x:2x2x1", 10e6, 1.3, True),
+        ("llama-3-8b", "v4:2x2x2", 10e6, None, False),  # a quarter of the others' VMEM; no estimate
     ],
 )
 def test_programs_are_small_write_in_place_and_are_near_the_roofline(
-    tmp_path, model, slice_name, most_code_bytes, most_times_roofline
+    tmp_path, model, slice_name, most_code_bytes, most_times_roofline, hides_sums
 ):
     path = tmp_path / "programs.jsonl"
     words = ["--models", model, "--slices", slice_name, "--json", str(path)]
@@ -57,6 +57,7 @@ def test_programs_are_small_write_in_place_and_are_near_the_roofline(
     fewest_rows, _, prefill = programs
     if most_times_roofline is not None:
         assert fewest_rows["estimate_s"] <= most_times_roofline * fewest_rows["roofline_s"]
+    if hides_sums:
         assert len(prefill["sum_gaps_s"]) == 4  # two of each half, of a layer
         assert min(prefill["sum_gaps_s"]) > 20e-6
         assert prefill["estimate_s"] <= 1.35 * prefill["roofline_s"]
