@@ -195,7 +195,7 @@ def embed(token_ids_T: jax.Array, w_VD: Matrix, shards: Shards = ONE_DEVICE) -> 
         x_TD = look_up(row_T)
     else:
         x_TD = jax.lax.platform_dependent(row_T, tpu=look_up_in_turns, default=look_up)
-    x_TD = shards.add_outputs(x_TD).astype(jnp.float32)  # rows of bf16 are the same after, others' are zeros
+    x_TD = shards.add_outputs(x_TD).astype(jnp.float32)  # exact for rows of bf16, to which others add zeros
     is_rotated = isinstance(w_VD, QuantizedMatrix) and w_VD.is_int8
     return rotate(x_TD) if is_rotated else x_TD
 
