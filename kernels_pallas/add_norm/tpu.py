@@ -5,11 +5,12 @@ each of which takes a while to start; only the last multiplication it does where
 That is much where rows are few, as in decode. Of many rows the bytes decide, and XLA moves fewer, as what it
 multiplies is never written.
 
-Letters: R rows at once, W rows of the stack of weights.
+The letter W: rows of a tile of the stack of weights.
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.kernels_pallas.add_norm import ref
+from jaxserve.kernels_pallas.add_norm.tpu_rows import add_norm_rows, find_vector, vector_tile
 
 LANES = 128
-SUBLANES = 8
-ROWS_AT_ONCE = 16  # a tile of bf16
 # Rows times channels, above which XLA's form may take less time by the estimate (planning/estimate.py): from
 # about 100 rows of 3,584 on, on a v5e. So much is one block.
 MOST_NUMBERS = 1 << 18
@@ -52,10 +52,9 @@ def add_norm(
         return ref.add_norm(x_TD, y_TD, weight, layer, eps=eps, dtype=dtype)
     num_rows, width = x_TD.shape
     weight_LD = weight.reshape(-1, width)
-    # A tile of the stack, as one row of it would have to be copied out of its tiles.
-    tile_rows = min(len(weight_LD), SUBLANES)
     rows = pl.BlockSpec((num_rows, width), lambda i, _: (0, 0))
-    tile = pl.BlockSpec((tile_rows, width), lambda i, layer_1: (layer_1[0] // tile_rows, 0))
+    tile = vector_tile(weight_LD)
+    tile_bytes = 4 * math.prod(tile.block_shape)
     number_bytes = 2 * 4 + y_TD.dtype.itemsize + jnp.dtype(dtype).itemsize  # x, their sum, y, the norm
     return pl.pallas_call(
         partial(_norm_rows, eps=eps),
@@ -66,7 +65,7 @@ def add_norm(
         input_output_aliases={1: 0},
         cost_estimate=pl.CostEstimate(
             flops=5 * x_TD.size,
-            bytes_accessed=number_bytes * x_TD.size + 4 * tile_rows * width,
+            bytes_accessed=number_bytes * x_TD.size + tile_bytes,
             transcendentals=num_rows,
         ),
         name="add_norm",
@@ -75,20 +74,5 @@ def add_norm(
 
 
 def _norm_rows(layer_1: Any, x_TD: Any, y_TD: Any, weight_WD: Any, sum_TD: Any, h_TD: Any, *, eps: float):
-    weight_1D = weight_WD[pl.ds(layer_1[0] % weight_WD.shape[0], 1), :]
-
-    def norm(first: Any, count: int) -> None:
-        here = pl.ds(first, count)
-        sum_RD = x_TD[here] + y_TD[here].astype(jnp.float32)
-        variance_R1 = jnp.mean(sum_RD * sum_RD, axis=1, keepdims=True)
-        sum_TD[here] = sum_RD
-        h_TD[here] = (sum_RD * jax.lax.rsqrt(variance_R1 + eps) * weight_1D).astype(h_TD.dtype)
-
-    def norm_next(i: Any, carry: Any) -> Any:
-        norm(pl.multiple_of(i * ROWS_AT_ONCE, ROWS_AT_ONCE), ROWS_AT_ONCE)
-        return carry
-
-    num_whole, rest = divmod(x_TD.shape[0], ROWS_AT_ONCE)
-    jax.lax.fori_loop(0, num_whole, norm_next, jnp.int32(0))
-    if rest:
-        norm(num_whole * ROWS_AT_ONCE, rest)
+    weight_1D = find_vector(weight_WD, layer_1[0])
+    add_norm_rows(x_TD, y_TD, weight_1D, sum_TD, h_TD, eps=eps)

@@ -15,8 +15,6 @@ rows of a tile of the stack of norms, C visits of a core.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,14 +23,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxserve.kernels_pallas.stacked_matmul.blocks import LANES, SUBLANES, Blocks, choose_blocks, serves
+from jaxserve.kernels_pallas.add_norm.tpu_rows import add_norm_rows, find_vector, vector_tile
+from jaxserve.kernels_pallas.stacked_matmul.blocks import LANES, Blocks, choose_blocks, serves
 from jaxserve.kernels_pallas.stacked_matmul.ref import FLOAT32, StackedForm
+from jaxserve.kernels_pallas.stacked_matmul.tpu_stream import (
+    Outputs,
+    begin_stream,
+    list_stream_scratch,
+    multiply_stream,
+    repeat,
+)
 
 VMEM_LIMIT_BYTES = 48 << 20  # the smallest of the chips has 64 MiB
 MOST_BUFFER_BYTES = 8 << 20
 BUFFERED_S = 4e-6  # twice what a copy from HBM is guessed to take until it is there
-MOST_UNDER_WAY = 16
-DIMS = (((1,), (1,)), ((), ()))
 
 
 def make_form(num_cores: int, bytes_per_s: float) -> StackedForm:
@@ -149,7 +153,7 @@ def _launch(
             grid=(num_cores,),
             in_specs=[
                 tuple(pl.BlockSpec(a.shape, lambda i, _: (0, 0)) for a in rows),
-                {name: _tile_of(stack) for name, stack in vectors.items()},
+                {name: vector_tile(stack) for name, stack in vectors.items()},
                 tuple(pl.BlockSpec(memory_space=pltpu.HBM) for _ in stacks),
             ],
             out_specs=[[pl.BlockSpec(memory_space=pl.ANY) for _ in outs]],
@@ -192,77 +196,8 @@ def _list_scratch(
         "bias": pltpu.VMEM((1, LANES if bias_LF is None else last.num_outputs), jnp.float32),
         "leaving": pltpu.VMEM((last.core_visits, num_rows, last.block_outputs), out_TF.dtype),
         "left": pltpu.SemaphoreType.DMA((2,)),
-        "arriving": [],
-        "arrived": [],
     }
-    for blocks, depth in zip(cuts, _choose_depths(cuts, buffer_bytes), strict=True):
-        block = (depth, blocks.num_parts, blocks.block_outputs, blocks.block_inputs)
-        scratch["arriving"].append(pltpu.VMEM(block, jnp.bfloat16))
-        scratch["arrived"].append(pltpu.SemaphoreType.DMA((depth,)))
-    return scratch
-
-
-def _tile_of(stack_LD: jax.Array) -> pl.BlockSpec:
-    """A tile of a stack of vectors, as one row of it would have to be copied out of its tiles."""
-    rows = min(len(stack_LD), SUBLANES)
-    return pl.BlockSpec((rows, stack_LD.shape[1]), lambda i, layer_1: (layer_1[0] // rows, 0))
-
-
-def _choose_depths(cuts: list[Blocks], buffer_bytes: int) -> list[int]:
-    """Blocks of each matrix under way: no more than a core has, nor than the matrix before made room for."""
-    depths, most = [], MOST_UNDER_WAY
-    for blocks in cuts:
-        most = min(most, max(buffer_bytes // blocks.block_bytes, 2), blocks.least_steps)
-        depths.append(most)
-    return depths
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stream:
-    """One core's blocks of one matrix, in their order."""
-
-    blocks: Blocks
-    layer: Any
-    first_visit: Any
-    num_visits: Any
-    w_LPFD: Any
-    arriving_SPRK: Any
-    arrived_S: Any
-
-    @property
-    def depth(self) -> int:
-        return self.arrived_S.shape[0]
-
-    @property
-    def num_steps(self) -> Any:
-        return self.num_visits * self.blocks.steps_per_visit
-
-    def find_outputs(self, visit: Any) -> Any:
-        """The outputs of a visit, as a slice of a part."""
-        count = self.blocks.block_outputs
-        if self.blocks.num_visits == 1:  # of no whole lanes, perhaps
-            return pl.ds(0, count)
-        return pl.ds(pl.multiple_of((self.first_visit + visit) * count, LANES), count)
-
-    def _copy(self, step: Any) -> Any:
-        count, num_steps = self.blocks.block_inputs, self.blocks.steps_per_visit
-        first = 0 if num_steps == 1 else pl.multiple_of(jax.lax.rem(step, num_steps) * count, LANES)
-        inputs = pl.ds(first, count)
-        outputs = self.find_outputs(step // num_steps)
-        slot = jax.lax.rem(step, self.depth)
-        return pltpu.make_async_copy(
-            self.w_LPFD.at[self.layer, :, outputs, inputs],
-            self.arriving_SPRK.at[slot],
-            self.arrived_S.at[slot],
-        )
-
-    def start(self, step: Any) -> None:
-        self._copy(step).start()
-
-    def wait(self, step: Any) -> Any:
-        """The block [P, R, K] of a step, once it is there."""
-        self._copy(step).wait()
-        return self.arriving_SPRK.at[jax.lax.rem(step, self.depth)]
+    return scratch | list_stream_scratch(cuts, buffer_bytes)
 
 
 def _run(
@@ -277,99 +212,43 @@ def _run(
     eps: float,
 ) -> None:
     core, layer = pl.program_id(0), layer_1[0]
-    streams = []
-    for i, blocks in enumerate(cuts):
-        first_visit = core * blocks.core_visits
-        streams.append(
-            _Stream(
-                blocks=blocks,
-                layer=layer,
-                first_visit=first_visit,
-                num_visits=jnp.minimum(blocks.core_visits, blocks.num_visits - first_visit),
-                w_LPFD=stacks[i],
-                arriving_SPRK=scratch["arriving"][i],
-                arrived_S=scratch["arrived"][i],
-            )
+    streams = [
+        begin_stream(blocks, core, layer, w_LPFD, arriving_SPRK, arrived_S)
+        for blocks, w_LPFD, arriving_SPRK, arrived_S in zip(
+            cuts, stacks, scratch["arriving"], scratch["arrived"], strict=True
         )
-    _repeat(streams[0].depth, streams[0].start)
+    ]
+    repeat(streams[0].depth, streams[0].start)
     h_TD, last = scratch["normed"], streams[-1]
     if "norm" in vectors:
-        _norm(rows[0], rows[1], _find_row(vectors["norm"], layer), scratch["sum"], h_TD, eps=eps)
+        weight_1D = find_vector(vectors["norm"], layer)
+        add_norm_rows(*rows, weight_1D, scratch["sum"], h_TD, eps=eps)
         sum_leaves = pltpu.make_async_copy(scratch["sum"], outs[1], scratch["left"].at[1])
         pl.when(core == 0)(sum_leaves.start)
     else:
         h_TD[...] = rows[0][...].astype(h_TD.dtype)
     if "bias" in vectors:  # as a row of its own, of which a part can be read
-        scratch["bias"][...] = _find_row(vectors["bias"], layer)
+        scratch["bias"][...] = find_vector(vectors["bias"], layer)
 
-    def leave(visit: Any) -> Any:
-        source, target = scratch["leaving"].at[visit], outs[0].at[:, last.find_outputs(visit)]
-        return pltpu.make_async_copy(source, target, scratch["left"].at[0])
+    outputs = Outputs(stream=last, leaving_VTR=scratch["leaving"], left=scratch["left"].at[0], out_TF=outs[0])
 
     def finish(visit: Any, sums: list[jax.Array]) -> None:
         value_TR = _gate(sums)
         if "bias" in vectors:
             value_TR += scratch["bias"][:, last.find_outputs(visit)]
-        scratch["leaving"][visit] = value_TR.astype(outs[0].dtype)
-        leave(visit).start()
+        outputs.send(visit, value_TR)
 
     def keep(visit: Any, sums: list[jax.Array]) -> None:
         scratch["gated"][:, streams[0].find_outputs(visit)] = _gate(sums).astype(jnp.bfloat16)
 
     if len(streams) == 2:
-        _multiply(streams[0], h_TD, keep, last)
+        multiply_stream(streams[0], h_TD, keep, last)
         h_TD = scratch["gated"]
-    _multiply(last, h_TD, finish, None)
-    _repeat(last.num_visits, lambda visit: leave(visit).wait())
+    multiply_stream(last, h_TD, finish, None)
+    outputs.wait()
     if "norm" in vectors:
         pl.when(core == 0)(sum_leaves.wait)
 
 
 def _gate(sums: list[jax.Array]) -> jax.Array:
     return jax.nn.silu(sums[0]) * sums[1] if len(sums) == 2 else sums[0]
-
-
-def _find_row(tile_WD: Any, layer: Any) -> jax.Array:
-    """The layer's row of the tile that holds it, [1, D]."""
-    return tile_WD[pl.ds(jax.lax.rem(layer, tile_WD.shape[0]), 1), :]
-
-
-def _repeat(count: Any, run: Callable[[Any], None]) -> None:
-    def run_next(i: Any, carry: Any) -> Any:
-        run(i)
-        return carry
-
-    jax.lax.fori_loop(0, count, run_next, jnp.int32(0))
-
-
-def _norm(x_TD: Any, y_TD: Any, weight_1D: jax.Array, sum_TD: Any, h_TD: Any, *, eps: float) -> None:
-    added_TD = x_TD[...] + y_TD[...].astype(jnp.float32)
-    sum_TD[...] = added_TD
-    scale_T1 = jax.lax.rsqrt(jnp.mean(added_TD * added_TD, axis=1, keepdims=True) + eps)
-    h_TD[...] = (added_TD * scale_T1 * weight_1D).astype(h_TD.dtype)
-
-
-def _multiply(
-    stream: _Stream, x_TD: Any, finish: Callable[[Any, list[jax.Array]], None], following: _Stream | None
-) -> None:
-    """`finish(visit, sums)` of each visit, with [T, R] of each part. The room of a block is given to the next
-    one that is not under way, of the following matrix once there is none of this."""
-    blocks = stream.blocks
-
-    def visit_next(visit: Any, carry: Any) -> Any:
-        sums = [jnp.zeros((x_TD.shape[0], blocks.block_outputs), jnp.float32)] * blocks.num_parts
-        for i in range(blocks.steps_per_visit):
-            step = visit * blocks.steps_per_visit + i
-            w_PRK = stream.wait(step)
-            x_TK = x_TD[:, i * blocks.block_inputs : (i + 1) * blocks.block_inputs]
-            for part in range(blocks.num_parts):
-                sums[part] += jax.lax.dot_general(x_TK, w_PRK[part], DIMS, preferred_element_type=jnp.float32)
-            later = step + stream.depth
-            pl.when(later < stream.num_steps)(partial(stream.start, later))
-            if following is not None:
-                other = later - stream.num_steps
-                pl.when((other >= 0) & (other < following.depth))(partial(following.start, other))
-        finish(visit, sums)
-        return carry
-
-    jax.lax.fori_loop(0, stream.num_visits, visit_next, jnp.int32(0))

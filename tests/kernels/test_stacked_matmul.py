@@ -96,9 +96,9 @@ def test_reference(y_dtype):
 def test_tpu_kernel_simulated(num_cores, y_dtype, capfd, monkeypatch):
     from jax.experimental.pallas import tpu as pltpu
 
-    from jaxserve.kernels_pallas.stacked_matmul import tpu
+    from jaxserve.kernels_pallas.stacked_matmul import tpu, tpu_stream
 
-    monkeypatch.setattr(tpu, "MOST_UNDER_WAY", 2)  # so that blocks follow each other in the same place
+    monkeypatch.setattr(tpu_stream, "MOST_UNDER_WAY", 2)  # so that blocks follow each other in the same place
     interpret: Any = jax.default_backend() != "tpu" and pltpu.InterpretParams(
         detect_races=True, uninitialized_memory="nan"
     )
