@@ -25,6 +25,8 @@ from jaxserve.kernels_pallas.shards import TENSOR
 from jaxserve.models.interface import Cut, ParamSpec, Run
 from jaxserve.models.quant import hadamard
 
+LANES = 128  # of a TPU's tile
+
 # The one table of logical axes: the mesh axis that each is spread over.
 MESH_AXES: Mapping[str, str] = {
     "vocab": TENSOR,
@@ -90,13 +92,16 @@ def cut_heads(num_heads: int, num_kv_heads: int, head_dim: int, num_devices: int
     """Whole heads to each device, query heads with the KV head that they read.
 
     With fewer KV heads than devices, each is held by several devices, which share its query heads. Heads of
-    zeros make up for what does not divide: 14 query heads and 2 KV heads on 4 devices are 4 and 1 on each.
+    zeros make up for what does not divide: 14 query heads and 2 KV heads on 4 devices are 4 and 1 on each. On
+    2 devices they are 8 and 1, as seven heads of 64 are no whole lanes of a TPU (`_fill_lanes`).
     """
     group = num_heads // num_kv_heads
     own_kv = -(-num_kv_heads // num_devices)
     copies = [count for count in range(1, num_devices // num_kv_heads + 1) if num_devices % count == 0]
     num_copies = max(copies, default=1)  # of each KV head
     own_group = -(-group // num_copies)
+    if num_devices > 1:
+        own_group = _fill_lanes(own_group, own_kv * head_dim)
     q_parts, kv_parts = [], []
     for device in range(num_devices):
         first_kv = device // num_copies * own_kv
@@ -120,6 +125,13 @@ def cut_heads(num_heads: int, num_kv_heads: int, head_dim: int, num_devices: int
         heads=Cut(tuple(q_parts)),
         qkv=Cut(tuple(qkv_parts)),
     )
+
+
+def _fill_lanes(group: int, channels: int) -> int:
+    """Query heads to a KV head, where a device's KV heads have so many `channels`: one more where that makes
+    whole lanes and is a small part. A TPU lays out a matrix anew in every step whose rows are none."""
+    is_whole = group * channels % LANES == 0
+    return group + 1 if not is_whole and (group + 1) * channels % LANES == 0 and group >= 4 else group
 
 
 def _shift(runs: Iterable[Run], offset: int) -> list[Run]:

@@ -69,6 +69,22 @@ def test_query_heads_lie_with_the_kv_head_that_they_read(num_heads, num_kv_heads
             assert head == ZERO or head // (num_heads // num_kv_heads) == kv_heads[place // own_group]
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim", "num_devices", "own_heads"),
+    [
+        pytest.param(14, 2, 64, 2, 8, id="Qwen2.5 0.5B: seven heads are three and a half times 128 channels"),
+        pytest.param(28, 4, 128, 4, 7, id="Qwen2.5 7B: heads of 128"),
+        pytest.param(6, 2, 64, 2, 3, id="a third more would be much"),
+        pytest.param(14, 2, 5, 2, 7, id="one head more would not do"),
+        pytest.param(7, 1, 64, 1, 7, id="one device has the checkpoint's own shapes"),
+    ],
+)
+def test_query_heads_are_filled_up_to_whole_lanes(num_heads, num_kv_heads, head_dim, num_devices, own_heads):
+    cuts = cut_heads(num_heads, num_kv_heads, head_dim, num_devices)
+    assert cuts.num_heads == own_heads
+    assert cuts.heads.own_length == own_heads * head_dim
+
+
 def test_what_does_not_divide_ends_in_zeros():
     assert held(cut_evenly(5, 2)) == [[0, 1, 2], [3, 4, ZERO]]
     assert held(cut_evenly(5, 4)) == [[0, 1], [2, 3], [4, ZERO], [ZERO, ZERO]]
