@@ -14,6 +14,7 @@ from functools import partial
 import jax
 
 from jaxserve.kernels_pallas.add_norm import ref as add_norm_ref
+from jaxserve.kernels_pallas.attention_block.ref import BlockForm, RowsForm
 from jaxserve.kernels_pallas.grouped_matmul.limits import (
     LEAST_GPU_ROWS,
     LEAST_TPU_ROWS,
@@ -75,6 +76,8 @@ class KernelSet:
     int4_matmul: Callable = int4_matmul_ref.int4_matmul
     round_rows: RoundRows = round_rows_ref.round_rows  # of activations, for products of int8
     stacked: StackedForm | None = None  # products that read bf16 in a stack of layers; None: all cut it out
+    attend_rows: RowsForm | None = None  # write and attention of decode rows, in one launch; None: in two
+    attention_block: BlockForm | None = None  # of few decode rows, in one launch; None: part by part
     grouped_matmul: GroupedForm | None = None  # by matrices of experts; None where a loop has each run
     list_step_work: Callable | None = None  # of attention, for all layers at once; None where there is no use
     least_halved_tokens: int | None = None  # see `halves`; None: never
@@ -182,6 +185,8 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
         return replace(XLA_KERNELS, name=f"xla ({limit})")
     # Pallas for TPUs takes a second to import, so it waits until it is known to be wanted.
     from jaxserve.kernels_pallas.add_norm.tpu import add_norm, begin_sum
+    from jaxserve.kernels_pallas.attention_block.tpu import make_form as make_block_form
+    from jaxserve.kernels_pallas.attention_block.tpu_attend import make_rows_form
     from jaxserve.kernels_pallas.grouped_matmul.tpu import grouped_matmul
     from jaxserve.kernels_pallas.kv_write.tpu import rope_write
     from jaxserve.kernels_pallas.paged_attention.tpu_decode import paged_decode
@@ -209,6 +214,8 @@ def _choose_for_tpu(target: KernelTarget) -> KernelSet:
         add_norm=add_norm,
         round_rows=round_rows,
         stacked=make_form(chip.num_cores, chip.bytes_per_s),
+        attend_rows=make_rows_form(chip),
+        attention_block=make_block_form(chip),
         grouped_matmul=grouped_form if target.experts and not grouped_limit else None,
         list_step_work=partial(list_step_work, chip=chip),
         block_rows=TPU_BLOCK_ROWS,

@@ -75,8 +75,17 @@ def attend(
     scale: float,
 ) -> tuple[jax.Array, KVLayer]:
     """Rotate q and k by the batch's tables, write the step's K and V to the pool, then attend: decode rows
-    first, chunks behind them. `qkv_TF` holds `num_heads` heads of q, then those of k and of v."""
+    first, chunks behind them. `qkv_TF` holds `num_heads` heads of q, then those of k and of v.
+
+    The outputs [T, F], head by head; or several such arrays whose sum they are, [C, T, F], where cores of a
+    device have some of the rows each: `LayerProducts.multiply` takes both.
+    """
     assert batch.rope is not None
+    form, is_decode = kernels.attend_rows, not len(batch.chunk_slot_C)
+    if form is not None and is_decode and batch.work is not None and form.serves(len(qkv_TF), num_heads, kv):
+        work = batch.work if batch.first_page is None else batch.work.begin_at(batch.first_page)
+        rows = batch.rope, batch.write_index_T, work.decode
+        return form.attend(qkv_TF, kv, *rows, num_heads=num_heads, scale=scale)
     qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, kv.head_dim)
     batch, layer, decode_work, prefill_work = _find_layer(batch, kv)
     q_TNH, kv = kernels.rope_write(
@@ -110,7 +119,8 @@ def attend(
                 **prefill_work,
             )
         )
-    return jnp.concatenate(parts), kv
+    o_TNH = jnp.concatenate(parts)
+    return o_TNH.reshape(len(o_TNH), -1), kv
 
 
 def _find_layer(batch: StepBatch, kv: KVLayer) -> tuple[StepBatch, dict, dict, dict]:

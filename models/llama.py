@@ -163,11 +163,14 @@ class Model(nnx.Module):
         def run_attention(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
             layer = nnx.merge(graphdef, params)
             products = LayerProducts(self.kernels, batch.layer, cfg.norm_eps)
+            block = products.find_block(x_TD, y_TD, layer, kv, batch)
+            if block is not None:  # few decode rows on a TPU: what follows is one launch
+                return block(num_heads=cfg.num_heads, scale=cfg.head_dim**-0.5)
             x_TD, qkv_TF = products.norm_multiply(
                 x_TD, y_TD, layer.attn_norm_D, layer.w_qkv_FD, layer.b_qkv_F
             )
-            o_TNH, kv = attend(self.kernels, qkv_TF, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
-            return x_TD, products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF), kv
+            o_TF, kv = attend(self.kernels, qkv_TF, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
+            return x_TD, products.multiply(o_TF, layer.w_o_DF), kv
 
         @jax.jit
         def run_mlp(params: nnx.State, x_TD: jax.Array, y_TD: Any, batch: StepBatch):

@@ -1,22 +1,34 @@
 """A layer's products, with the adds and norms before them: in few launches where rows are few and a kernel
 reads matrices where they lie in the stack of all layers, and one operation behind the other elsewhere.
 
-Called by the families' layers. Knows no kernels by name, and nothing of attention.
+Called by the families' layers. Knows no kernels by name; of attention, that a whole block may be one launch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxserve.kernels_pallas.attention_block.ref import BlockWeights
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.kernels_pallas.stacked_matmul.ref import StackedForm
+from jaxserve.models.interface import KVLayer, StepBatch
 from jaxserve.models.quant import Matrix, QuantizedMatrix, gated_mlp, matmul, operand_dtype
+
+
+class AttentionParams(Protocol):
+    """What a layer's attention block has."""
+
+    attn_norm_D: nnx.Param
+    w_qkv_FD: nnx.Param
+    b_qkv_F: nnx.Param | None
+    w_o_DF: nnx.Param
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +54,12 @@ class LayerProducts:
         return replace(value, scale_F=_take(value.scale_F, self.layer))
 
     def multiply(self, x_TD: jax.Array, w_FD: nnx.Param) -> jax.Array:
-        """x @ w.T, as `matmul`, of the last product of a block: [T, F] float32, or what devices add up."""
+        """x @ w.T, as `matmul`, of the last product of a block: [T, F] float32, or what devices add up. x may
+        be several arrays whose sum it is, [C, T, D]."""
         form, value = self._find_form(x_TD, w_FD), w_FD.get_value()
         if form is None:
-            return matmul(x_TD, self.pick(w_FD))
-        dtype = self.kernels.shards.output_dtype(len(x_TD), value.shape[-2])
+            return matmul(x_TD if x_TD.ndim == 2 else jnp.sum(x_TD, axis=0), self.pick(w_FD))
+        dtype = self.kernels.shards.output_dtype(x_TD.shape[-2], value.shape[-2])
         return form.multiply(x_TD, value, self.layer, dtype=dtype)
 
     def add_norm(
@@ -91,12 +104,31 @@ class LayerProducts:
         x_TD, h_TD = self.add_norm(x_TD, y_TD, norm_D, operand_dtype(w_gate_up_FD.get_value()))
         return x_TD, gated_mlp(h_TD, self.pick(w_gate_up_FD), self.pick(w_down_DF))
 
+    def find_block(
+        self, x_TD: jax.Array, y_TD: jax.Array | None, layer: AttentionParams, kv: KVLayer, batch: StepBatch
+    ) -> Callable[..., tuple[jax.Array, jax.Array, KVLayer]] | None:
+        """The whole attention block as one launch, if there is one for the rows of this step: given
+        `num_heads` and `scale` it does what `norm_multiply`, `attend` and `multiply` do."""
+        form, work = self.kernels.attention_block, batch.work
+        params = layer.attn_norm_D, layer.w_qkv_FD, layer.b_qkv_F, layer.w_o_DF
+        weights = BlockWeights(*(None if param is None else param.get_value() for param in params))
+        matrices = weights.w_qkv_LFD, weights.w_o_LDF
+        if form is None or y_TD is None or work is None or self.layer is None:
+            return None
+        if len(batch.chunk_slot_C) or not all(isinstance(w_LFD, jax.Array) for w_LFD in matrices):
+            return None
+        if not form.serves(len(x_TD), *matrices, kv):
+            return None
+        rows = batch.rope, batch.write_index_T, work.begin_at(batch.first_page).decode
+        dtype = self.kernels.shards.output_dtype(*x_TD.shape)
+        return partial(form.attend, x_TD, y_TD, weights, self.layer, kv, *rows, eps=self.eps, dtype=dtype)
+
     def _find_form(self, x_TD: jax.Array, w_FD: nnx.Param, num_parts: int = 1) -> StackedForm | None:
         """The form that reads the matrix in its stack, where there is one that serves these rows."""
         form, value = self.kernels.stacked, w_FD.get_value()
         if form is None or self.layer is None or not isinstance(value, jax.Array):
             return None
-        return form if form.serves(len(x_TD), value, num_parts) else None
+        return form if form.serves(x_TD.shape[-2], value, num_parts) else None
 
 
 def _take(stack: jax.Array, layer: jax.Array) -> jax.Array:

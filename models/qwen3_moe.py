@@ -186,8 +186,8 @@ class Model(nnx.Module):
             x_TD, qkv_TF = products.norm_multiply(x_TD, y_TD, layer.attn_norm_D, layer.w_qkv_FD)
             head_norms = products.pick(layer.q_norm_H), products.pick(layer.k_norm_H)
             qkv_TF = normalize_heads(qkv_TF, *head_norms, cfg)
-            o_TNH, kv = attend(self.kernels, qkv_TF, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
-            return x_TD, products.multiply(o_TNH.reshape(len(o_TNH), -1), layer.w_o_DF), kv
+            o_TF, kv = attend(self.kernels, qkv_TF, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
+            return x_TD, products.multiply(o_TF, layer.w_o_DF), kv
 
         @jax.jit
         def run_mlp(params: nnx.State, x_TD: jax.Array, y_TD: Any, batch: StepBatch):

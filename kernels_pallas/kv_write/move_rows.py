@@ -6,7 +6,8 @@ token. All are under way together. Padding tokens, whose place is in page 0, are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,55 +18,76 @@ from jax.experimental.pallas import tpu as pltpu
 TOGETHER = 8  # tokens of one copy
 
 
-def move_rows(
-    sources: Sequence[Any],
-    pools: Sequence[Any],
-    moved: Any,
-    index_T: Any,
-    first_token: Any,
-    first_place: Any,
-    page_size: int,
-) -> None:
-    """Row t of each source, [tokens, rows, L], to place `first_place + index_T[first_token + t]` of its pool.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowMoves:
+    """Token t of each source to place `first_place + index_T[first_token + t]` of its pool.
 
-    `moved` is a semaphore; when this returns, all is there.
+    A token is one entry of both, or a number of them that follow one another. `moved` is a semaphore. Of
+    `own_tokens`, a first one and the one behind the last, if they are told, others stay.
     """
-    num_tokens = sources[0].shape[0]
-    num_groups = num_tokens // TOGETHER
 
-    def copies(token, num_together: int) -> list[Any]:
-        place = first_place + index_T[first_token + token]
-        return [
-            pltpu.make_async_copy(
-                source.at[pl.ds(token, num_together)], pool.at[pl.ds(place, num_together)], moved
-            )
-            for source, pool in zip(sources, pools, strict=True)
-        ]
+    sources: Sequence[Any]
+    pools: Sequence[Any]
+    num_tokens: int
+    index_T: Any
+    first_place: Any
+    page_size: int
+    moved: Any
+    first_token: Any = 0
+    own_tokens: tuple[Any, Any] | None = None
 
-    def act_on_token(token, act) -> None:
-        @pl.when(index_T[first_token + token] >= page_size)
-        def _():
-            for copy in copies(token, 1):
-                act(copy)
+    def start(self) -> None:
+        self._act(lambda copy: copy.start())
 
-    def act_on_group(group, act) -> None:
+    def wait(self) -> None:
+        """Until all is there."""
+        self._act(lambda copy: copy.wait())
+
+    def _act(self, act: Callable[[Any], None]) -> None:
+        num_groups = self.num_tokens // TOGETHER
+        jax.lax.fori_loop(0, num_groups, lambda group, _: self._act_on_group(group, act), None)
+        for token in range(num_groups * TOGETHER, self.num_tokens):
+            self._act_on_token(token, act)
+
+    def _act_on_group(self, group: Any, act: Callable[[Any], None]) -> None:
         token = group * TOGETHER
-        first = index_T[first_token + token]
-        follow = first >= page_size
+        first = self.index_T[self.first_token + token]
+        follow = first >= self.page_size
+        if self.own_tokens is not None:
+            follow &= self._is_own(token) & self._is_own(token + TOGETHER - 1)
         for i in range(1, TOGETHER):
-            follow &= index_T[first_token + token + i] == first + i
+            follow &= self.index_T[self.first_token + token + i] == first + i
 
         @pl.when(follow)
         def _():
-            for copy in copies(token, TOGETHER):
+            for copy in self._list_copies(token, TOGETHER):
                 act(copy)
 
         @pl.when(jnp.logical_not(follow))
         def _():
             for i in range(TOGETHER):
-                act_on_token(token + i, act)
+                self._act_on_token(token + i, act)
 
-    for act in (lambda copy: copy.start(), lambda copy: copy.wait()):
-        jax.lax.fori_loop(0, num_groups, lambda group, _, act=act: act_on_group(group, act), None)
-        for token in range(num_groups * TOGETHER, num_tokens):
-            act_on_token(token, act)
+    def _act_on_token(self, token: Any, act: Callable[[Any], None]) -> None:
+        moves = self.index_T[self.first_token + token] >= self.page_size
+        if self.own_tokens is not None:
+            moves &= self._is_own(token)
+
+        @pl.when(moves)
+        def _():
+            for copy in self._list_copies(token, 1):
+                act(copy)
+
+    def _is_own(self, token: Any) -> Any:
+        assert self.own_tokens is not None
+        first, end = self.own_tokens
+        return (token >= first) & (token < end)
+
+    def _list_copies(self, token: Any, num_together: int) -> list[Any]:
+        place = self.first_place + self.index_T[self.first_token + token]
+        copies = []
+        for source, pool in zip(self.sources, self.pools, strict=True):
+            per_token = source.shape[0] // self.num_tokens
+            here, there = (pl.ds(first * per_token, num_together * per_token) for first in (token, place))
+            copies.append(pltpu.make_async_copy(source.at[here], pool.at[there], self.moved))
+        return copies

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.kernels_pallas.kv_pages import KVPages, pack_tokens
 from jaxserve.kernels_pallas.kv_write import tpu_fused
-from jaxserve.kernels_pallas.kv_write.move_rows import move_rows
+from jaxserve.kernels_pallas.kv_write.move_rows import RowMoves
 from jaxserve.kernels_pallas.kv_write.ref import rotate
 from jaxserve.kernels_pallas.paged_attention.tpu_queries import UnitQueries
 
@@ -53,8 +53,17 @@ def rope_write(
     page_size, count = kv.words_PSJL.shape[1], len(pools)
 
     def body(index_T, first_page_1, *refs):
-        first_place = first_page_1[0] * page_size
-        move_rows(refs[:count], refs[2 * count : -1], refs[-1], index_T, 0, first_place, page_size)
+        moves = RowMoves(
+            sources=refs[:count],
+            pools=refs[2 * count : -1],
+            index_T=index_T,
+            num_tokens=len(write_index_T),
+            first_place=first_page_1[0] * page_size,
+            page_size=page_size,
+            moved=refs[-1],
+        )
+        moves.start()
+        moves.wait()
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     written = pl.pallas_call(

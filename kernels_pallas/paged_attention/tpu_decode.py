@@ -93,7 +93,8 @@ def _launch(shape: DecodeShape, work: Work, q_RUAML, sinks: list, kv: KVPages, i
     def run_core(stream: Stream, q_RUAML: Any, sinks_UML: Any, out_RUAML: Any, **scratch: Any) -> None:
         own = {name: scratch.pop(name) for name in in_hbm}
         rows = RowsInHbm(shape=shape, stream=stream, q_RUAML=q_RUAML, out_RUAML=out_RUAML, **own)
-        DecodeCore(shape, stream, rows, sinks_UML, **scratch).run()
+        core = DecodeCore(shape, stream, rows, sinks_UML, **scratch)
+        core.run(core.announce())
 
     return launch_cores(
         "paged_decode",

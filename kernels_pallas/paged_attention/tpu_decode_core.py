@@ -41,7 +41,9 @@ from jaxserve.kernels_pallas.paged_attention.tpu_scales import (
 from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
     NO_TILE,
     PLACES,
+    Cursor,
     Stream,
+    announce_trips,
     read_block,
     read_item,
     run_trips,
@@ -95,10 +97,13 @@ class DecodeCore:
     k_scales: Any = None  # of an int8 pool
     v_scales: Any = None
 
-    def run(self) -> None:
-        carry = run_trips(
-            self.stream, self.shape.stream, self.rows, self._attend_trip, self.rows.first_carry()
-        )
+    def announce(self) -> Cursor:
+        """Ask for the ids of the first pages; `run` goes on from there."""
+        return announce_trips(self.stream, self.shape.stream)
+
+    def run(self, cursor: Cursor) -> None:
+        first_carry = self.rows.first_carry()
+        carry = run_trips(self.stream, self.shape.stream, cursor, self.rows, self._attend_trip, first_carry)
         core = pl.program_id(0)
         num_items = self.stream.cores_2C[NUM_ITEMS, core]
         num_trips = (num_items + self.shape.blocks.num_items - 1) // self.shape.blocks.num_items

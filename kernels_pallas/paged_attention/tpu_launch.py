@@ -37,7 +37,7 @@ def launch_cores(
     """What the cores write, float32 of the shape of `queries`. These stay in HBM, `sinks` (one or none) come
     to VMEM. `scratch` is beside that of the stream."""
     pools = [pool for pool in (kv.words_PSJL, kv.scales_PSJL) if pool is not None]
-    pools = [pool.reshape(pool.shape[0], -1, LANES) for pool in pools]  # no copy: rows of 128 lie in order
+    pools = [pool.reshape(-1, 1, LANES) for pool in pools]  # no copy: rows of 128 lie in order
     scratch = {**shape.list_scratch(), **scratch}
 
     def body(tiles_FL, cores_2C, first_page_1, queries_ref, *refs):

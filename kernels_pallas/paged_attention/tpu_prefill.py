@@ -49,6 +49,7 @@ from jaxserve.kernels_pallas.paged_attention.tpu_stream import (
     PLACES,
     Stream,
     StreamShape,
+    announce_trips,
     read_block,
     read_item,
     run_trips,
@@ -239,7 +240,8 @@ class _Core:
 
     def run(self) -> None:
         """The carry is the last tile that left, or -1."""
-        last = run_trips(self.stream, self.shape.stream, self, self._attend_trip, jnp.int32(-1))
+        cursor = announce_trips(self.stream, self.shape.stream)
+        last = run_trips(self.stream, self.shape.stream, cursor, self, self._attend_trip, jnp.int32(-1))
         self._copy_out(last, lambda copy: copy.wait())
 
     def start(self, trip) -> None:

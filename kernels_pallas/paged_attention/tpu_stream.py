@@ -55,8 +55,8 @@ class Stream(NamedTuple):
     cores_2C: Any
     first_page_1: Any
     table_R1W: Any
-    words_PML: Any  # M rows of a page
-    scales_PML: Any
+    words_Z1L: Any  # Z rows of all pages; of tiles of one row, as tokens are written by rows
+    scales_Z1L: Any
     items: Any  # ITEM_FIELDS of each item of ITEM_PLACES trips
     page_ids: Any
     words: Any
@@ -111,14 +111,23 @@ class StreamShape:
         return scratch
 
 
-def run_trips(stream: Stream, shape: StreamShape, queries: Queries, attend: Callable, carry: Any) -> Any:
-    """`attend(trip, carry)` for each trip of this core, whose items have arrived; its last carry."""
+def announce_trips(stream: Stream, shape: StreamShape) -> Cursor:
+    """Ask for the page ids of the first trips: what a launch can do before it knows queries and pages."""
     core = pl.program_id(0)
-    first_tile, num_items = stream.cores_2C[FIRST_TILE, core], stream.cores_2C[NUM_ITEMS, core]
-    num_trips = (num_items + shape.blocks.num_items - 1) // shape.blocks.num_items
+    first_tile = stream.cores_2C[FIRST_TILE, core]
     cursor = Cursor(first_tile, stream.tiles_FL[FIRST_BLOCK, first_tile])
     for trip in range(2):
-        cursor = _announce(stream, shape, jnp.int32(trip), cursor, num_items)
+        cursor = _announce(stream, shape, jnp.int32(trip), cursor, stream.cores_2C[NUM_ITEMS, core])
+    return cursor
+
+
+def run_trips(
+    stream: Stream, shape: StreamShape, cursor: Cursor, queries: Queries, attend: Callable, carry: Any
+) -> Any:
+    """`attend(trip, carry)` for each trip of this core, whose items have arrived; its last carry. `cursor` is
+    what `announce_trips` gave."""
+    num_items = stream.cores_2C[NUM_ITEMS, pl.program_id(0)]
+    num_trips = (num_items + shape.blocks.num_items - 1) // shape.blocks.num_items
     num_pages = _bring(stream, shape, jnp.int32(0), queries)
 
     def take_trip(trip, state):
@@ -226,27 +235,30 @@ def _bring(stream: Stream, shape: StreamShape, trip: jax.Array, queries: Queries
 def _copy_page(stream: Stream, shape: StreamShape, page_id, i, trip, index: int) -> list[Any]:
     """The copies of page i of a block: values, and scales where there are some."""
     copies = []
-    for pool, buffer in ((stream.words_PML, stream.words), (stream.scales_PML, stream.scales)):
-        if pool is None:
-            continue
-        num_rows = pool.shape[1]
+    for pool, buffer, num_rows in _list_pools(stream, shape):
         first_row = (index * shape.pages_per_block + i) * num_rows
-        rows = pl.ds(pl.multiple_of(first_row, 8), num_rows)
-        target = buffer.at[trip % PLACES, rows]
-        copies.append(pltpu.make_async_copy(pool.at[page_id], target, stream.arrived.at[trip % PLACES]))
+        target = buffer.at[trip % PLACES, pl.ds(pl.multiple_of(first_row, 8), num_rows)]
+        source = pool.at[pl.ds(page_id * num_rows, num_rows), 0]
+        copies.append(pltpu.make_async_copy(source, target, stream.arrived.at[trip % PLACES]))
     return copies
+
+
+def _list_pools(stream: Stream, shape: StreamShape) -> list[tuple[Any, Any, int]]:
+    """Each with the buffer of its pages, and the rows of one."""
+    pools = [(stream.words_Z1L, stream.words, shape.page_size * shape.layout.num_rows)]
+    if shape.layout.has_scales:
+        pools.append((stream.scales_Z1L, stream.scales, shape.page_size * shape.layout.num_scale_rows))
+    return pools
 
 
 def _await_pages(stream: Stream, shape: StreamShape, trip: jax.Array, num_pages: jax.Array) -> None:
     """Wait for what `_bring` asked for: a semaphore counts bytes, whatever copies they are of."""
     place = trip % PLACES
     most = shape.blocks.num_items * shape.pages_per_block
-    pools = [(stream.words_PML, stream.words), (stream.scales_PML, stream.scales)]
     for bit in range(most.bit_length()):
 
         @pl.when((num_pages & (1 << bit)) != 0)
         def _(bit=bit):
-            for pool, buffer in pools:
-                if pool is not None:
-                    rows = buffer.at[place, pl.ds(0, pool.shape[1] << bit)]
-                    pltpu.make_async_copy(rows, rows, stream.arrived.at[place]).wait()
+            for _, buffer, num_rows in _list_pools(stream, shape):
+                rows = buffer.at[place, pl.ds(0, num_rows << bit)]
+                pltpu.make_async_copy(rows, rows, stream.arrived.at[place]).wait()

@@ -41,14 +41,18 @@ BUFFERED_S = 4e-6  # twice what a copy from HBM is guessed to take until it is t
 
 def make_form(num_cores: int, bytes_per_s: float) -> StackedForm:
     """The products for a chip of so many cores a device, each of which reads so much from HBM."""
-    buffer_bytes = min(round(bytes_per_s * BUFFERED_S), MOST_BUFFER_BYTES)
-    sizes: Any = {"num_cores": num_cores, "buffer_bytes": buffer_bytes}
+    sizes: Any = {"num_cores": num_cores, "buffer_bytes": choose_buffer_bytes(bytes_per_s)}
     return StackedForm(
         serves=partial(serves, num_cores=num_cores),
         multiply=partial(multiply, **sizes),
         norm_multiply=partial(norm_multiply, **sizes),
         norm_mlp=partial(norm_mlp, **sizes),
     )
+
+
+def choose_buffer_bytes(bytes_per_s: float) -> int:
+    """For the blocks that are under way to a core that reads so much from HBM."""
+    return min(round(bytes_per_s * BUFFERED_S), MOST_BUFFER_BYTES)
 
 
 def multiply(
@@ -61,7 +65,7 @@ def multiply(
     buffer_bytes: int,
     interpret: Any = False,
 ) -> jax.Array:
-    """As ref.multiply."""
+    """As ref.multiply; of several arrays x, [C, T, D], their sum is meant."""
     sizes: Any = {
         "num_cores": num_cores,
         "buffer_bytes": buffer_bytes,
@@ -144,7 +148,8 @@ def _launch(
     vectors = {"norm": norm_LD, "bias": bias_LF}
     vectors = {name: stack for name, stack in vectors.items() if stack is not None}
     out_dtype = jnp.bfloat16 if cuts[-1].num_parts == 2 else dtype
-    outs = [jax.ShapeDtypeStruct((len(x_TD), cuts[-1].num_outputs), out_dtype)]
+    num_rows = x_TD.shape[-2]
+    outs = [jax.ShapeDtypeStruct((num_rows, cuts[-1].num_outputs), out_dtype)]
     outs += [jax.ShapeDtypeStruct(x_TD.shape, jnp.float32)] * (y_TD is not None)
     return pl.pallas_call(
         partial(_run, cuts=cuts, eps=eps),
@@ -152,7 +157,7 @@ def _launch(
             num_scalar_prefetch=1,
             grid=(num_cores,),
             in_specs=[
-                tuple(pl.BlockSpec(a.shape, lambda i, _: (0, 0)) for a in rows),
+                tuple(pl.BlockSpec(a.shape, lambda i, _, rank=a.ndim: (0,) * rank) for a in rows),
                 {name: vector_tile(stack) for name, stack in vectors.items()},
                 tuple(pl.BlockSpec(memory_space=pltpu.HBM) for _ in stacks),
             ],
@@ -163,7 +168,7 @@ def _launch(
         # Of two cores one may add after the other has written.
         input_output_aliases={1: 1} if y_TD is not None and num_cores == 1 else {},
         cost_estimate=pl.CostEstimate(
-            flops=2 * len(x_TD) * sum(w.size // len(w) for w in stacks),
+            flops=2 * num_rows * sum(w.size // len(w) for w in stacks),
             bytes_accessed=_count_bytes([*rows, *outs], cuts, num_cores),
             transcendentals=0,
         ),
@@ -188,10 +193,10 @@ def _count_bytes(arrays: list[Any], cuts: list[Blocks], num_cores: int) -> int:
 def _list_scratch(
     cuts: list[Blocks], buffer_bytes: int, out_TF: Any, x_TD: jax.Array, bias_LF: jax.Array | None
 ) -> dict[str, Any]:
-    num_rows, last = len(x_TD), cuts[-1]
+    num_rows, last = x_TD.shape[-2], cuts[-1]
     scratch: dict[str, Any] = {
-        "sum": pltpu.VMEM(x_TD.shape, jnp.float32),
-        "normed": pltpu.VMEM(x_TD.shape, jnp.bfloat16),
+        "sum": pltpu.VMEM(x_TD.shape[-2:], jnp.float32),
+        "normed": pltpu.VMEM(x_TD.shape[-2:], jnp.bfloat16),
         "gated": pltpu.VMEM((num_rows, last.num_inputs if len(cuts) == 2 else LANES), jnp.bfloat16),
         "bias": pltpu.VMEM((1, LANES if bias_LF is None else last.num_outputs), jnp.float32),
         "leaving": pltpu.VMEM((last.core_visits, num_rows, last.block_outputs), out_TF.dtype),
@@ -226,7 +231,7 @@ def _run(
         sum_leaves = pltpu.make_async_copy(scratch["sum"], outs[1], scratch["left"].at[1])
         pl.when(core == 0)(sum_leaves.start)
     else:
-        h_TD[...] = rows[0][...].astype(h_TD.dtype)
+        h_TD[...] = _add_parts(rows[0]).astype(h_TD.dtype)
     if "bias" in vectors:  # as a row of its own, of which a part can be read
         scratch["bias"][...] = find_vector(vectors["bias"], layer)
 
@@ -248,6 +253,13 @@ def _run(
     outputs.wait()
     if "norm" in vectors:
         pl.when(core == 0)(sum_leaves.wait)
+
+
+def _add_parts(x_TD: Any) -> jax.Array:
+    """What is given as one array or as the sum of several, [C, T, D]."""
+    if len(x_TD.shape) == 2:
+        return x_TD[...]
+    return sum((x_TD[i].astype(jnp.float32) for i in range(1, x_TD.shape[0])), x_TD[0].astype(jnp.float32))
 
 
 def _gate(sums: list[jax.Array]) -> jax.Array:

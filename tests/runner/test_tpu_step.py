@@ -92,6 +92,8 @@ def test_a_step_attends_in_our_kernels_and_copies_neither_weights_nor_pool(shape
     entry = report.hlo if shape.window > 1 else report.hlo[report.hlo.index("\nENTRY") :]
     assert list_copies(entry, matrix_bytes) == []
     forms = 1 + (shape.num_rows > 0) + (shape.num_tokens > 0)  # the write, decode, prefill
+    if kv_dtype == "bfloat16" and not shape.num_tokens:
+        forms = 1  # the write and decode
     forms += 2 * (shape.num_rows + shape.num_tokens <= MOST_NORM_ROWS)
     num_kernels = forms * CFG.num_layers
     num_kernels += (shape.num_rows > 0) + (shape.num_tokens > 0)  # lists of their work, for all layers
@@ -132,7 +134,7 @@ def test_four_chips_share_the_step_and_each_has_its_rows_of_the_pool():
     assert memory.alias_size_in_bytes >= own_bytes
     assert memory.temp_size_in_bytes < own_bytes / 8
     text = program.as_text()
-    assert text.count('custom_call_target="tpu_custom_call"') == 4 * CFG.num_layers + 1
+    assert text.count('custom_call_target="tpu_custom_call"') == 3 * CFG.num_layers + 1
     assert len(re.findall(rf"= bf16\[64,{CFG.width}\]\S* all-reduce", text)) == 2 * CFG.num_layers + 1
 
 
@@ -148,7 +150,7 @@ def test_a_loop_over_layers_reads_matrices_where_they_lie_in_their_stack():
     step = partial(run_step, graphdef, shape, PAGE_SIZE)
     options = chosen_options("tpu")
     report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1, compiler_options=options)
-    num_kernels = 6  # the list of attention's work; norm and q, k, v; the write; decode; o; norm and MLP
+    num_kernels = 3  # the list of attention's work; the attention block; norm and MLP
     assert report.hlo.count('custom_call_target="tpu_custom_call"') == num_kernels
     assert report.temp_bytes < 2 * CFG.width * CFG.width  # no matrix is copied
 
@@ -170,9 +172,7 @@ def test_a_loop_over_layers_multiplies_by_experts_where_they_lie_in_their_stack(
     step = partial(run_step, graphdef, shape, PAGE_SIZE)
     options = chosen_options("tpu")
     report = compile_for_tpu("v5e", step, weights, state, packed, donate_argnums=1, compiler_options=options)
-    num_kernels = (
-        8  # the list of work; norm and q, k, v; the write; decode; o; a norm; two products by experts
-    )
+    num_kernels = 7  # the list of work; norm and q, k, v; the write and decode; o; a norm; two products
     if quantization == "int8":  # q, k, v and o are XLA's; rows of 4 products, and of the head's, scored too
         num_kernels += 5
     assert report.hlo.count('custom_call_target="tpu_custom_call"') == num_kernels
