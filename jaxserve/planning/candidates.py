@@ -33,6 +33,18 @@ def choose_cheapest(fits: Sequence[SliceFit], options: PlanOptions) -> Candidate
     return None
 
 
+def choose_arrangement(fits: Sequence[SliceFit], options: PlanOptions) -> SliceFit:
+    """Of the arrangements of one slice the one that meets the targets best, or the first where none does: the
+    soonest with each token where a throughput is asked for, else the one with the most tokens."""
+    candidates = [meet_targets(fit, options) for fit in fits]
+    found = [candidate for candidate in candidates if candidate is not None]
+
+    def rank(candidate: Candidate) -> float:
+        return candidate.tokens_per_s if options.target_throughput is None else -candidate.itl_s
+
+    return max(found, key=rank).fit if found else fits[0]
+
+
 def meet_targets(fit: SliceFit, options: PlanOptions) -> Candidate | None:
     """The most sequences whose tokens come fast enough, if they are tokens enough."""
     blueprint = fit.blueprint

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
-from jaxserve.planning.candidates import choose_cheapest
+from jaxserve.planning.candidates import choose_arrangement, choose_cheapest
 from jaxserve.planning.compilers import choose_programs, compile_programs, find_missing_compiler
-from jaxserve.planning.fit import SliceFit, fit_slice, suggest_remedies
+from jaxserve.planning.fit import SliceFit, fit_slice, list_arrangements, suggest_remedies
 from jaxserve.planning.options import PlanOptions
 from jaxserve.planning.report import SlicePlan, describe_plan, print_plan
 from jaxserve.planning.shapes import find_model
-from jaxserve.planning.slices import list_slices
+from jaxserve.planning.slices import Slice, list_slices
 from jaxserve.weights.resolve import ModelFiles
 
 OFF_TERMINAL_WIDTH = 110
@@ -28,7 +28,7 @@ def plan(config: ServerConfig, options: PlanOptions, console: Console | None = N
     """Plan a model for each slice that is named, and print it. Raises ConfigError or WeightError."""
     files = find_model(config)
     places = list_slices(options.topologies)
-    fits = [fit_slice(config, files, where, options.context) for where in places]
+    fits = [_arrange(config, files, where, options) for where in places]
     cheapest = choose_cheapest(fits, options) if options.has_targets else None
     plans = [_plan_slice(config, files, fit, options) for fit in fits]
     described = describe_plan(config.model_name, plans, options, cheapest)
@@ -39,6 +39,13 @@ def plan(config: ServerConfig, options: PlanOptions, console: Console | None = N
     if options.json_path is not None:
         _write(Path(options.json_path), json.dumps(described, indent=2) + "\n")
     return plans
+
+
+def _arrange(config: ServerConfig, files: ModelFiles, where: Slice, options: PlanOptions) -> SliceFit:
+    """Copies on as many devices as can share a layer; where there are targets, as those are met best."""
+    if not options.has_targets:
+        return fit_slice(config, files, where, options.context)
+    return choose_arrangement(list_arrangements(config, files, where, options.context), options)
 
 
 def _plan_slice(config: ServerConfig, files: ModelFiles, fit: SliceFit, options: PlanOptions) -> SlicePlan:

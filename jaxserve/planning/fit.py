@@ -90,6 +90,23 @@ def fit_slice(config: ServerConfig, files: ModelFiles, where: Slice, context: in
     )
 
 
+def list_arrangements(config: ServerConfig, files: ModelFiles, where: Slice, context: int) -> list[SliceFit]:
+    """The slice with the most devices to a copy first, which is the soonest with each token, and then with
+    fewer and more copies, which give more of them in all. One where the settings say which."""
+    first = fit_slice(config, files, where, context)
+    if config.tp_size > 1 or config.dp_size > 1:
+        return [first]
+    found = [first]
+    for tp_size in range(first.sketch.tp_size - 1, 0, -1):
+        if first.sketch.tp_size % tp_size:
+            continue
+        changed = dataclasses.replace(config, dp_size=where.num_devices // tp_size)
+        fit = fit_slice(changed, files, where, context)
+        if fit.sketch.tp_size == tp_size:
+            found.append(fit)
+    return found
+
+
 def suggest_remedies(config: ServerConfig, files: ModelFiles, fit: SliceFit) -> list[str]:
     """Changes that make it fit, each alone; the smallest larger slice of the chip last."""
     found = []

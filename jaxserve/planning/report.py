@@ -76,6 +76,8 @@ def describe_plan(
         described["cheapest"] = cheapest and {
             "topology": str(cheapest.fit.where),
             "num_chips": cheapest.fit.where.num_chips,
+            "tp_size": cheapest.fit.sketch.tp_size,
+            "num_copies": cheapest.fit.num_copies,
             "sequences": cheapest.sequences,
             "itl_s": cheapest.itl_s,
             "tokens_per_s": cheapest.tokens_per_s,
@@ -241,12 +243,20 @@ def _print_problems(plan: SlicePlan, console: Console) -> None:
 def _describe_choice(cheapest: Candidate | None, options: PlanOptions) -> str:
     if cheapest is None:
         return "None of these slices meets the targets."
-    where = cheapest.fit.where
+    where, fit = cheapest.fit.where, cheapest.fit
+    copies = f"one copy on {_count(fit.sketch.tp_size, 'device')}"
+    if fit.num_copies > 1:
+        copies = f"{fit.num_copies} copies on {_count(fit.sketch.tp_size, 'device')} each"
     return (
         f"Cheapest that meets the targets at {options.efficiency:.0%} of the roofline: {where} "
-        f"({where.num_chips} chips), with {cheapest.sequences} sequences at {cheapest.itl_s * 1e3:.1f} ms a "
-        f"token, {cheapest.tokens_per_s:,.0f} tokens/s. Cheapest is the fewest chips: no prices are known."
+        f"({_count(where.num_chips, 'chip')}, {copies}), with {_count(cheapest.sequences, 'sequence')} at "
+        f"{cheapest.itl_s * 1e3:.1f} ms a token, {cheapest.tokens_per_s:,.0f} tokens/s. Cheapest is the "
+        "fewest chips: no prices are known."
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -6,9 +6,9 @@ import pytest
 
 from jaxserve.config import ServerConfig
 from jaxserve.errors import ConfigError
-from jaxserve.planning.candidates import choose_cheapest
+from jaxserve.planning.candidates import choose_arrangement, choose_cheapest
 from jaxserve.planning.chips import GIB
-from jaxserve.planning.fit import SliceFit, fit_slice, suggest_remedies
+from jaxserve.planning.fit import SliceFit, fit_slice, list_arrangements, suggest_remedies
 from jaxserve.planning.options import PlanOptions
 from jaxserve.planning.shapes import find_model
 from jaxserve.planning.slices import list_slices
@@ -98,3 +98,24 @@ def test_throughput_must_be_reached_within_the_latency():
     assert found.itl_s <= 20e-3
     lower = choose(["v5e"], target_throughput=20000.0, target_itl_ms=20.0, efficiency=0.2)
     assert lower is None or lower.fit.where.num_chips > found.fit.where.num_chips
+
+
+def arrange(topology: str, flags: dict, **targets) -> tuple[int, int]:
+    """Copies, and the devices of each, that meet the targets best."""
+    config = ServerConfig(model_path="qwen2.5-0.5b", **flags)
+    (where,) = list_slices([topology])
+    options = PlanOptions(topologies=(topology,), **targets)
+    fits = list_arrangements(config, find_model(config), where, options.context)
+    found = choose_arrangement(fits, options)
+    return found.num_copies, found.sketch.tp_size
+
+
+def test_few_devices_to_a_copy_give_most_tokens_and_many_give_each_the_soonest():
+    assert arrange("v5e:2x2", {}, target_itl_ms=1.5) == (2, 2)  # alone on a chip a token takes 1.7 ms
+    assert arrange("v5e:2x2", {}, target_throughput=100000.0) == (4, 1)
+    assert arrange("v5e:2x2", {}, target_throughput=20000.0, target_itl_ms=5.0) == (2, 2)
+    assert arrange("v5e:2x2", {}, target_itl_ms=0.1) == (2, 2)  # neither meets it
+
+
+def test_an_arrangement_that_is_asked_for_is_kept():
+    assert arrange("v5e:2x2", {"dp_size": 2}, target_throughput=100000.0) == (2, 2)
