@@ -7,6 +7,7 @@ nothing of generation.
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import unquote
 
 from sanic import Blueprint
 from sanic.request import Request
@@ -39,7 +40,8 @@ async def list_models(request: Request) -> HTTPResponse:
 
 async def show_model(request: Request, model_id: str) -> HTTPResponse:
     state = state_of(request)
-    check_model(model_id, state.settings)
+    # OpenAI's client writes the slash of ORG/NAME as %2F, and Sanic unquotes no parameter that is a path.
+    check_model(unquote(model_id), state.settings)
     return json_response(_make_card(state))
 
 

@@ -72,6 +72,17 @@ def test_models(sdk):
     assert caught.value.code == "model_not_found"
 
 
+def test_a_model_whose_name_is_no_plain_path_is_found():
+    with (
+        open_client(FakeEngine(), served_model_name="Org/Ein Modell für alle") as client,
+        openai.Client(base_url=f"{client.base_url}/v1", api_key="None", max_retries=0) as sdk,
+    ):
+        (listed,) = sdk.models.list()
+        assert sdk.models.retrieve(listed.id) == listed
+        with pytest.raises(openai.NotFoundError, match="'Org/andere 100%'"):
+            sdk.models.retrieve("Org/andere 100%")
+
+
 def test_async_client_and_stream(base_url):
     async def ask() -> list[str]:
         async with openai.AsyncClient(base_url=base_url, api_key="None", max_retries=0) as sdk:
