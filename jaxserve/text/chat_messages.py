@@ -147,6 +147,8 @@ def _parse_arguments(arguments: str, place: str) -> object:
         raise InvalidRequestError(
             f"{place} must be a JSON object, got {_shorten(arguments)} ({error}).", param="messages"
         ) from None
+    except RecursionError:
+        raise InvalidRequestError(f"{place} is nested too deeply.", param="messages") from None
 
 
 def _shorten(value: object) -> str:

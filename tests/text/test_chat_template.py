@@ -137,6 +137,10 @@ def test_media_on_a_text_model_is_refused(kind, what):
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{oops"}}]},
             r"tool_calls\[0\].function.arguments must be a JSON object, got '{oops'",
         ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 100_000}}]},
+            r"tool_calls\[0\].function.arguments is nested too deeply",
+        ),
     ],
 )
 def test_a_malformed_message_is_named(message, sentence):
