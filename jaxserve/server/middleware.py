@@ -22,6 +22,7 @@ from jaxserve.server.state import finish_request, note_of, state_of
 
 logger = logging.getLogger(__name__)
 
+_UNREAD = "NONE"  # the method that Sanic gives a request whose head it could not read
 _MAX_DRAIN_FACTOR = 4  # how much of a body that nobody wants is read, in limits
 _MAX_DRAIN_S = 10.0
 
@@ -105,7 +106,8 @@ async def begin_request(request: Request) -> HTTPResponse | None:
     state_of(request).metrics.observe_http_request(endpoint, request.method)
     if request.method == "OPTIONS":
         return HTTPResponse(status=204, headers=_preflight_headers(request))
-    check_caller(request)
+    if request.method != _UNREAD:  # else its key is not known either; the answer says what is wrong with it
+        check_caller(request)
     return None
 
 

@@ -100,6 +100,23 @@ def test_wrong_requests_get_a_sentence(client, name, caplog):
     assert client.post("/generate", json={"text": "a"}).json()["text"] == "Hello there."
 
 
+def test_a_head_that_cannot_be_read_is_not_told_that_it_lacks_the_key():
+    key = b"authorization: Bearer key\r\n"
+    with open_client(FakeEngine(), api_key="key") as guarded:
+        for name in (
+            "a head of 20 kB",
+            "a negative length",
+            "a line that is no header",
+            "HTTP/2 without asking",
+        ):
+            request, want = WRONG[name]
+            status, _ = split_answer(read_answer(guarded, request.replace(b"\r\n", b"\r\n" + key, 1)))
+            assert status == want, name
+        for path in (b"/generate", b"/nowhere"):
+            status, _ = split_answer(read_answer(guarded, make_last(line=b"POST %s HTTP/1.1" % path)))
+            assert status == 401, path
+
+
 @pytest.mark.parametrize("name", RIGHT)
 def test_unusual_requests_are_served(client, name, caplog):
     with caplog.at_level(logging.INFO):
