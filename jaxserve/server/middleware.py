@@ -18,7 +18,7 @@ from sanic.response import BaseHTTPResponse, HTTPResponse
 from jaxserve.errors import ClientGoneError, InternalError, JaxserveError
 from jaxserve.server.access import check_caller
 from jaxserve.server.errors import error_response, render_sanic_exception
-from jaxserve.server.state import finish_request, note_of, state_of
+from jaxserve.server.state import count_request, finish_request, note_of, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +101,7 @@ def _give_up_body(stream: Http) -> None:
 
 async def begin_request(request: Request) -> HTTPResponse | None:
     """Answer CORS preflights, then check who calls."""
-    note_of(request)
-    endpoint = request.route.path if request.route is not None else "unmatched"
-    state_of(request).metrics.observe_http_request(endpoint, request.method)
+    count_request(request)
     if request.method == "OPTIONS":
         return HTTPResponse(status=204, headers=_preflight_headers(request))
     if request.method != _UNREAD:  # else its key is not known either; the answer says what is wrong with it

@@ -86,6 +86,7 @@ class RequestNote:
     rid: str = ""
     run: Run | None = None
     details: str = ""  # more of the same kind, where a route has something to add
+    is_counted: bool = False
     is_finished: bool = False
 
     def describe(self, rid: str, run: Run) -> None:
@@ -115,13 +116,26 @@ def _is_printable(request_id: str) -> bool:
     return 0 < len(request_id) <= 256 and request_id.isascii() and request_id.isprintable()
 
 
+def count_request(request: Request) -> None:
+    """Count the request, once."""
+    note = note_of(request)
+    if not note.is_counted:
+        note.is_counted = True
+        state_of(request).metrics.observe_http_request(_name_endpoint(request), request.method)
+
+
+def _name_endpoint(request: Request) -> str:
+    return request.route.path if request.route is not None else "unmatched"
+
+
 def finish_request(request: Request, status: int) -> None:
     """Count the response and log it, once a request. 499 is a client that left."""
     note, state = note_of(request), state_of(request)
     if note.is_finished:
         return
     note.is_finished = True
-    endpoint = request.route.path if request.route is not None else "unmatched"
+    count_request(request)  # if its client left while its body came, the middleware never saw it
+    endpoint = _name_endpoint(request)
     state.metrics.observe_http_response(endpoint, request.method, status)
     if not state.settings.is_access_logged:
         return

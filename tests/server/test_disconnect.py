@@ -105,3 +105,15 @@ def test_many_clients_that_leave_at_once_leave_nothing():
             raw.close()
         wait_until(lambda: not list(engine.live_rids()))
         assert client.post("/generate", json={"text": "b"}).json()["text"] == "Hello there."
+
+
+def test_who_leaves_before_the_body_is_there_is_counted_as_a_request_too(caplog):
+    with open_client(FakeEngine()) as client, caplog.at_level(logging.INFO, "jaxserve"):
+        raw = socket.create_connection((client.base_url.host, client.base_url.port or 80))
+        raw.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+        time.sleep(0.05)
+        raw.close()
+        wait_until(lambda: " 499 " in caplog.text)
+        lines = client.get("/metrics").text.splitlines()
+    assert 'sglang:http_responses_total{endpoint="generate",method="POST",status_code="499"} 1.0' in lines
+    assert 'sglang:http_requests_total{endpoint="generate",method="POST"} 1.0' in lines
