@@ -39,6 +39,8 @@ async def list_models(request: Request) -> HTTPResponse:
 
 
 async def show_model(request: Request, model_id: str) -> HTTPResponse:
+    if not model_id:  # /v1/models/: on every other route a slash at the end changes nothing
+        return await list_models(request)
     state = state_of(request)
     # OpenAI's client writes the slash of ORG/NAME as %2F, and Sanic unquotes no parameter that is a path.
     check_model(unquote(model_id), state.settings)

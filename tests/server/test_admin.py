@@ -69,6 +69,7 @@ def test_health_generate_is_one_token_for_all_who_ask():
 def test_models():
     with open_client(FakeEngine(), served_model_name="org/Name") as client:
         listed = client.get("/v1/models").json()
+        assert client.get("/v1/models/").json() == listed
         card = client.get("/v1/models/org/name").json()
         missing = client.get("/v1/models/org/other")
     created = card.pop("created")
