@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -40,6 +40,9 @@ _RENDER_ERRORS = (
     RecursionError,
 )
 _RESERVED_KWARGS = ("messages", "tools")
+# Of a rendered conversation; no context holds as much. Indented JSON, which many templates make of tools, can
+# be a thousand times as long as what was sent, and while it is written nobody else is served.
+_MAX_CHARS = 64 * 2**20
 _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 
 
@@ -119,14 +122,14 @@ class ChatTemplate:
     ) -> str:
         try:
             # As one dict, so that a variable may have any name ("self").
-            return template.render({**variables, "tools": list(tools) if tools else None})
+            return _join(template.generate({**variables, "tools": list(tools) if tools else None}))
         except _RENDER_ERRORS as error:
             first_error = error
         # A few templates want the bare functions rather than OpenAI's wrapper around each.
         functions = [tool["function"] for tool in tools or () if isinstance(tool.get("function"), Mapping)]
         if functions:
             try:
-                return template.render({**variables, "tools": functions})
+                return _join(template.generate({**variables, "tools": functions}))
             except _RENDER_ERRORS:
                 pass  # the first attempt's sentence is the one about what was sent
         raise InvalidRequestError(
@@ -212,9 +215,25 @@ def _dump_json(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own tojson escapes for HTML, which a prompt is not."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    return encoder.encode(value) if indent is None else _join(encoder.iterencode(value))
+
+
+def _join(pieces: Iterable[str]) -> str:
+    """Pieces of a prompt, unless they grow too long. Raises InvalidRequestError."""
+    taken: list[str] = []
+    num_chars = 0
+    for piece in pieces:
+        num_chars += len(piece)
+        if num_chars > _MAX_CHARS:
+            raise InvalidRequestError(
+                f"The chat template makes more than {_MAX_CHARS} characters of these messages and tools.",
+                param="messages",
+            )
+        taken.append(piece)
+    return "".join(taken)
 
 
 def _raise_template_error(message: str) -> str:

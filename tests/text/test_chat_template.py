@@ -8,6 +8,7 @@ from datetime import datetime
 import pytest
 
 from jaxserve.errors import ConfigError, InvalidRequestError
+from jaxserve.text import chat_template
 from jaxserve.text.chat_template import BUILTIN_TEMPLATES, ChatTemplate, load_chat_template
 from jaxserve.text.tokenizer import byte_tokenizer
 
@@ -155,6 +156,21 @@ def test_tool_call_arguments_are_parsed_for_the_template():
     bare = {"id": "2", "type": "function", "function": {"name": "g", "arguments": ""}}
     source = "{% for c in messages[0].tool_calls %}{{ c.function.arguments | tojson }}{% endfor %}"
     assert render(source, [{"role": "assistant", "tool_calls": [call, bare]}]) == '{"city": "Zürich"}{}'
+
+
+@pytest.mark.parametrize("num_tools", [1, 40])
+def test_indented_json_grows_only_so_long(monkeypatch, num_tools):
+    """Each level of nesting is indented on two lines, so that they are a square of what was sent."""
+    monkeypatch.setattr(chat_template, "_MAX_CHARS", 20_000)
+    deep: object = 1
+    for _ in range(200 if num_tools == 1 else 20):
+        deep = {"a": deep}
+    tools = [{"type": "function", "deep": deep}] * num_tools
+    assert len(str(tools)) < 10_000
+    source = "{% for tool in tools %}{{ tool | tojson(INDENT) }}{% endfor %}"
+    assert len(render(source.replace("INDENT", ""), tools=tools)) < 10_000
+    with pytest.raises(InvalidRequestError, match="more than 20000 characters of these messages and tools"):
+        render(source.replace("INDENT", "indent=4"), tools=tools)
 
 
 def test_fields_that_say_nothing_are_absent():
