@@ -243,6 +243,11 @@ REFUSED_BY_GENERATE: dict[str, str] = {
 REFUSED_BY_OPENAI: dict[str, str] = {
     **REFUSED_BY_ALL,
     "response_format": "by this version, except for the type text.",
+    **dict.fromkeys(
+        # vLLM's names for grammars, which its clients send beside OpenAI's fields
+        ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs"),
+        _NOT_YET,
+    ),
     "return_input_ids_in_sglext": "by this version; use return_prompt_token_ids.",
     "return_output_ids_in_sglext": "by this version; use return_token_ids.",
 }

@@ -261,6 +261,8 @@ def test_tools_and_template_variables_reach_the_template():
         ({"return_token_ids": True, "stream": True}, "return_token_ids", "set stream to false"),
         ({"priority": "later"}, "priority", "one of HIGH, DEFAULT, NORMAL, LOW"),
         ({"response_format": {"type": "json_object"}}, "response_format", "except for the type text"),
+        ({"guided_json": {"type": "object"}}, "guided_json", "not supported"),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs", "not supported"),
         ({"tool_choice": "required"}, "tool_choice", "not supported"),
         ({"tool_choice": "sometimes"}, "tool_choice", "must be"),
         ({"chat_template": "{{ x }}"}, "chat_template", "--chat-template"),
