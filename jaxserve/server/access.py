@@ -45,7 +45,9 @@ def check_operator(request: Request) -> None:
 def _check_key(request: Request, name: str, *keys: str | None) -> None:
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     given_bytes = given.strip().encode(errors="replace")
-    is_right = any(hmac.compare_digest(given_bytes, key.encode()) for key in keys if key)
+    # A header has no blanks at its ends, so those of a key (the line break of its file) do not count either.
+    rights = [key.strip().encode() for key in keys if key and key.strip()]
+    is_right = any(hmac.compare_digest(given_bytes, right) for right in rights)
     if scheme.lower() != "bearer" or not is_right:
         raise UnauthorizedError(f"The {name} is missing or wrong; send it as Authorization: Bearer KEY.")
 

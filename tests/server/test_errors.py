@@ -134,6 +134,13 @@ def test_key_is_asked_for_everywhere_but_on_probes():
         assert client.post("/generate", json={"text": "a"}, headers=right).status_code == 200
 
 
+def test_blanks_around_the_key_do_not_lock_everybody_out():
+    with open_client(FakeEngine(), api_key="secret\r\n") as client:
+        for key, want in (("secret", 200), ("", 401), ("secre", 401)):
+            status = client.get("/v1/models", headers={"authorization": f"Bearer {key}".strip()}).status_code
+            assert status == want, key
+
+
 def test_bearer_none_is_fine_without_a_key(client):
     assert client.get("/v1/models", headers={"authorization": "Bearer None"}).status_code == 200
 
