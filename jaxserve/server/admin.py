@@ -25,6 +25,7 @@ from jaxserve.types import TokenParams
 
 _METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _MAX_FLUSH_WAIT_S = 600.0
+_UNGUESSED_CHARS = 8
 
 
 def make_blueprint() -> Blueprint:
@@ -138,12 +139,21 @@ def _read_timeout_s(request: Request) -> float:
 
 
 async def abort_request(request: Request) -> HTTPResponse:
-    """End the live requests whose id begins with `rid`; an empty rid ends none. All: an operator's order."""
+    """End the live requests that `rid` means (`_is_meant`), or all, which is an operator's order."""
     engine = state_of(request).engine
     body = decode_body(request.body, AbortBody)
     if body.abort_all:
         check_operator(request)
     for rid in list(engine.live_rids()):
-        if body.abort_all or (body.rid and rid.startswith(body.rid)):
+        if body.abort_all or _is_meant(rid, body.rid or ""):
             engine.abort(rid)
     return HTTPResponse(status=200, content_type="text/plain; charset=utf-8")
+
+
+def _is_meant(rid: str, prefix: str) -> bool:
+    """Whether an id begins so: with whole words of it, or with so much that nobody guesses it. Else sixteen
+    digits would end everybody's requests, which is an operator's to order."""
+    if not prefix or not rid.startswith(prefix):
+        return False
+    around = prefix[-1] + rid[len(prefix) :][:1]
+    return len(prefix) >= _UNGUESSED_CHARS or len(around) < 2 or not around.isalnum()

@@ -113,7 +113,7 @@ ROUTES: tuple[RouteDoc, ...] = (
         path="/abort_request",
         methods=POST,
         tag="Operation",
-        summary="End requests by id prefix, or all",
+        summary="End requests by id or its first words, or all",
         body=AbortBody,
         reply="text/plain",
     ),

@@ -189,7 +189,8 @@ class CompletionBody(msgspec.Struct, kw_only=True):
 
 
 class AbortBody(msgspec.Struct, kw_only=True):
-    """POST /abort_request. Every live request whose id begins with `rid` is ended."""
+    """POST /abort_request. Every live request whose id begins with `rid` is ended: with whole words of it, or
+    with eight characters."""
 
     rid: str | None = None
     abort_all: bool | None = None

@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -170,6 +171,28 @@ def test_abort_request_goes_by_prefix_and_an_empty_id_does_nothing():
                 time.sleep(0.001)
         for stream in streams:
             stream.__exit__(None, None, None)
+
+
+def test_a_guessed_digit_ends_nobodys_requests():
+    engine = FakeEngine(hang_after=1)
+    lines = []  # kept, as a stream ends with its iterator
+    with open_client(engine) as client, ExitStack() as open_streams:
+        for rid in (None, "words-of-mine"):
+            body = {"text": "x", "rid": rid, "stream": True}
+            stream = open_streams.enter_context(client.stream("POST", "/generate", json=body))
+            lines.append(stream.iter_lines())
+            next(lines[-1])
+        own = next(rid for rid in engine.live_rids() if rid != "words-of-mine")
+        for rid in (*"0123456789abcdef", own[:7], "word"):
+            client.post("/abort_request", json={"rid": rid})
+        time.sleep(0.05)
+        assert len(list(engine.live_rids())) == 2
+        for rid in (own[:8], "words"):
+            client.post("/abort_request", json={"rid": rid})
+        deadline = time.monotonic() + 5
+        while list(engine.live_rids()):
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
 
 def test_metrics_have_sglangs_names():
