@@ -88,18 +88,17 @@ class RowAttention:
         collect_outputs(scratch["attended"], out_RF, self.num_heads, layout)
 
     def _make_core(self) -> DecodeCore:
-        own = {
-            name: self.scratch["pages"].get(name) for name in Stream._fields[6:]
-        }  # no scales in bf16 pools
+        pages = self.scratch["pages"]
+        own = {name: pages.get(name) for name in Stream._fields[6:]}  # no scales, as the pool is of bf16
         scalars = self.tiles_FL, self.cores_2C, self.first_page_1
-        pages = Stream(*scalars, self.table_R1W, self.pool_Z1L, None, **own)
+        stream = Stream(*scalars, self.table_R1W, self.pool_Z1L, None, **own)
         rows = RowsInVmem(
             shape=self.shape,
-            stream=pages,
+            stream=stream,
             queries_ZL=self.scratch["queries"],
             outputs_ZL=self.scratch["attended"],
         )
-        return DecodeCore(self.shape, pages, rows, None, **self.scratch["core"])
+        return DecodeCore(self.shape, stream, rows, None, **self.scratch["core"])
 
     def _make_moves(self, num_rows: int) -> RowMoves:
         page_size = self.shape.stream.page_size

@@ -142,7 +142,8 @@ def test_each_host_reads_and_holds_the_parts_of_its_own_devices(
 
 
 def test_int8_values_are_those_of_one_device_where_mixed_channels_stay_together() -> None:
-    """Three runs of 64 channels on two devices: the last run of the second is of zeros."""
+    """Three runs of 64 channels on two devices: the last run of the second is of zeros. The same but for the
+    last bit, as NumPy's product adds up in an order that depends on shapes and on the CPU."""
     source = TensorSource("down.weight", (5, 192))
     spec = ParamSpec(path="w_down_DF", kind="matrix", sources=(source,), axes=(None, "mlp"))
     division = Division(num_devices=2, local_cfg=None, cuts={"mlp": cut_channels(192, 2)})
@@ -152,5 +153,7 @@ def test_int8_values_are_those_of_one_device_where_mixed_channels_stay_together(
     )
     assert isinstance(whole, QuantizedMatrix)
     assert isinstance(shared, QuantizedMatrix)
-    np.testing.assert_array_equal(shared.scale_F, whole.scale_F)
-    np.testing.assert_array_equal(shared.q_FD, np.pad(whole.q_FD, ((0, 0), (0, 64))))
+    np.testing.assert_allclose(shared.scale_F, whole.scale_F, rtol=2e-7)
+    difference = np.asarray(shared.q_FD, np.int32) - np.pad(whole.q_FD, ((0, 0), (0, 64)))
+    assert np.abs(difference).max() <= 1
+    assert np.count_nonzero(difference) < 0.01 * difference.size
