@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from jaxserve.kernels_pallas.add_norm.ref import rms_norm
+from jaxserve.kernels_pallas.add_norm.ref import normalize_heads, rms_norm
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.hf_config import read_hf_config
 from jaxserve.models.interface import KVLayer, KVPool, ParamSpec, StepBatch, TensorSource
@@ -44,6 +44,7 @@ class Config:
     max_context: int
     ties_embeddings: bool
     has_qkv_bias: bool = False
+    has_head_norms: bool = False  # on each head of q and of k
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> Config:
@@ -86,6 +87,9 @@ def param_specs(cfg: Config) -> list[ParamSpec]:
         if cfg.has_qkv_bias:
             biases = ((f"{q}.bias", q_width), (f"{k}.bias", kv_width), (f"{v}.bias", kv_width))
             specs.append(vector(f"{here}.b_qkv_F", "qkv", *biases))
+        for name in "qk" if cfg.has_head_norms else "":
+            norm = f"{hf}.self_attn.{name}_norm.weight"
+            specs.append(vector(f"{here}.{name}_norm_H", None, (norm, cfg.head_dim)))
     specs.append(vector("final_norm_D", None, ("model.norm.weight", cfg.width)))
     if not cfg.ties_embeddings:
         specs.append(matrix("head_VD", ("vocab", None), ("lm_head", cfg.vocab_size, cfg.width)))
@@ -113,12 +117,17 @@ def divide(cfg: Config, num_devices: int) -> Division:
 
 
 class Layer(nnx.Module):
-    """One block's parameters. `b_qkv_F` is None in models without attention biases."""
+    """One block's parameters. Biases of q, k and v and norms of their heads are None in models without."""
 
     def __init__(self, params: Mapping[str, Any], prefix: str):
+        def find(name: str) -> nnx.Param | None:
+            path = f"{prefix}.{name}"
+            return nnx.Param(params[path]) if path in params else None
+
         self.attn_norm_D = nnx.Param(params[f"{prefix}.attn_norm_D"])
         self.w_qkv_FD = nnx.Param(params[f"{prefix}.w_qkv_FD"])
-        self.b_qkv_F = nnx.Param(params[f"{prefix}.b_qkv_F"]) if f"{prefix}.b_qkv_F" in params else None
+        self.b_qkv_F = find("b_qkv_F")
+        self.q_norm_H, self.k_norm_H = find("q_norm_H"), find("k_norm_H")
         self.w_o_DF = nnx.Param(params[f"{prefix}.w_o_DF"])
         self.mlp_norm_D = nnx.Param(params[f"{prefix}.mlp_norm_D"])
         self.w_gate_up_FD = nnx.Param(params[f"{prefix}.w_gate_up_FD"])
@@ -169,6 +178,9 @@ class Model(nnx.Module):
             x_TD, qkv_TF = products.norm_multiply(
                 x_TD, y_TD, layer.attn_norm_D, layer.w_qkv_FD, layer.b_qkv_F
             )
+            if layer.q_norm_H is not None and layer.k_norm_H is not None:
+                head_norms = products.pick(layer.q_norm_H), products.pick(layer.k_norm_H)
+                qkv_TF = normalize_heads(qkv_TF, *head_norms, cfg.num_heads, cfg.norm_eps)
             o_TF, kv = attend(self.kernels, qkv_TF, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
             return x_TD, products.multiply(o_TF, layer.w_o_DF), kv
 

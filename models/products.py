@@ -29,6 +29,8 @@ class AttentionParams(Protocol):
     w_qkv_FD: nnx.Param
     b_qkv_F: nnx.Param | None
     w_o_DF: nnx.Param
+    q_norm_H: nnx.Param | None
+    k_norm_H: nnx.Param | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +110,16 @@ class LayerProducts:
         self, x_TD: jax.Array, y_TD: jax.Array | None, layer: AttentionParams, kv: KVLayer, batch: StepBatch
     ) -> Callable[..., tuple[jax.Array, jax.Array, KVLayer]] | None:
         """The whole attention block as one launch, if there is one for the rows of this step: given
-        `num_heads` and `scale` it does what `norm_multiply`, `attend` and `multiply` do."""
+        `num_heads` and `scale` it does all from `norm_multiply` to `multiply`."""
         form, work = self.kernels.attention_block, batch.work
-        params = layer.attn_norm_D, layer.w_qkv_FD, layer.b_qkv_F, layer.w_o_DF
+        params = (
+            layer.attn_norm_D,
+            layer.w_qkv_FD,
+            layer.b_qkv_F,
+            layer.w_o_DF,
+            layer.q_norm_H,
+            layer.k_norm_H,
+        )
         weights = BlockWeights(*(None if param is None else param.get_value() for param in params))
         matrices = weights.w_qkv_LFD, weights.w_o_LDF
         if form is None or y_TD is None or work is None or self.layer is None:

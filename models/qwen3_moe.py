@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.kernels_pallas.add_norm.ref import rms_norm
+from jaxserve.kernels_pallas.add_norm.ref import normalize_heads, rms_norm
 from jaxserve.kernels_pallas.dispatch import KernelSet
 from jaxserve.models.experts import choose_experts, run_experts
 from jaxserve.models.hf_config import read_hf_config
@@ -143,6 +142,7 @@ class Layer(nnx.Module):
     def __init__(self, params: Mapping[str, Any], prefix: str):
         self.attn_norm_D = nnx.Param(params[f"{prefix}.attn_norm_D"])
         self.w_qkv_FD = nnx.Param(params[f"{prefix}.w_qkv_FD"])
+        self.b_qkv_F = None
         self.q_norm_H = nnx.Param(params[f"{prefix}.q_norm_H"])
         self.k_norm_H = nnx.Param(params[f"{prefix}.k_norm_H"])
         self.w_o_DF = nnx.Param(params[f"{prefix}.w_o_DF"])
@@ -183,9 +183,12 @@ class Model(nnx.Module):
         def run_attention(params: nnx.State, x_TD: jax.Array, y_TD: Any, kv: KVLayer, batch: StepBatch):
             layer = nnx.merge(graphdef, params)
             products = LayerProducts(self.kernels, batch.layer, cfg.norm_eps)
+            block = products.find_block(x_TD, y_TD, layer, kv, batch)
+            if block is not None:  # few decode rows on a TPU: what follows is one launch
+                return block(num_heads=cfg.num_heads, scale=cfg.head_dim**-0.5)
             x_TD, qkv_TF = products.norm_multiply(x_TD, y_TD, layer.attn_norm_D, layer.w_qkv_FD)
             head_norms = products.pick(layer.q_norm_H), products.pick(layer.k_norm_H)
-            qkv_TF = normalize_heads(qkv_TF, *head_norms, cfg)
+            qkv_TF = normalize_heads(qkv_TF, *head_norms, cfg.num_heads, cfg.norm_eps)
             o_TF, kv = attend(self.kernels, qkv_TF, kv, batch, cfg.num_heads, cfg.head_dim**-0.5)
             return x_TD, products.multiply(o_TF, layer.w_o_DF), kv
 
@@ -215,11 +218,3 @@ class Model(nnx.Module):
         h_BD = rms_norm(x_BD, self.final_norm_D.get_value(), self.cfg.norm_eps)
         head_VD = self.embed_VD if self.head_VD is None else self.head_VD
         return matmul(h_BD, head_VD.get_value())
-
-
-def normalize_heads(qkv_TF: jax.Array, q_norm_H: jax.Array, k_norm_H: jax.Array, cfg: Config) -> jax.Array:
-    """Each head of q and of k by its own rms norm; those of v as they are: [T, F] float32."""
-    qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, cfg.head_dim)
-    q_TNH, k_TKH, v_TKH = jnp.split(qkv_TAH, [cfg.num_heads, cfg.num_heads + cfg.num_kv_heads], axis=1)
-    parts = rms_norm(q_TNH, q_norm_H, cfg.norm_eps), rms_norm(k_TKH, k_norm_H, cfg.norm_eps), v_TKH
-    return jnp.concatenate(parts, axis=1).reshape(qkv_TF.shape)

@@ -9,6 +9,7 @@ from typing import Any
 FAMILY_BY_ARCHITECTURE: Mapping[str, str] = {
     "LlamaForCausalLM": "jaxserve.models.llama",
     "Qwen2ForCausalLM": "jaxserve.models.qwen2",
+    "Qwen3ForCausalLM": "jaxserve.models.qwen3",
     "Qwen3MoeForCausalLM": "jaxserve.models.qwen3_moe",
     "Qwen2_5_VLForConditionalGeneration": "jaxserve.models.qwen2_5_vl",
 }

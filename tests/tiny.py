@@ -10,6 +10,7 @@ Every size that may differ from another does, so that a transposed or mixed-up a
     llama          54      6   2  12 (not 54 / 6)   94  its own   llama3 rope scaling over 64 positions
     llama_tied     60      6   3  10                74  tied      no scaling, as SmolLM2
     qwen2          48      6   2  8                106  tied      biases on q, k and v
+    qwen3          48      6   2  12 (not 48 / 6)   82  tied      norms on q and k
     qwen3_moe      54      6   2  10 (not 54 / 6)   38  its own   norms on q and k, 2 of 5 experts a token
 
 A weight is a pure function of (model, seed, tensor name), drawn with integer arithmetic only, so that it is
@@ -27,7 +28,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-GGUF_NAMES = ("llama", "llama_tied", "qwen2")  # of families that are read from GGUF files, too
+GGUF_NAMES = ("llama", "llama_tied", "qwen2", "qwen3")  # of families that are read from GGUF files, too
 TINY_NAMES = (*GGUF_NAMES, "qwen3_moe")
 
 BOS_ID = 1
@@ -97,6 +98,23 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "use_sliding_window": False,
     },
+    "qwen3": _SHARED_CONFIG
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "head_dim": 12,
+        "hidden_size": 48,
+        "intermediate_size": 82,
+        "max_window_layers": 3,
+        "model_type": "qwen3",
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+    },
     "qwen3_moe": _SHARED_CONFIG
     | {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -150,6 +168,7 @@ def tiny_tensor_shapes(name: str) -> dict[str, tuple[int, ...]]:
             ffn = cfg["moe_intermediate_size"]
             mlps = [f"{prefix}.mlp.experts.{expert}" for expert in range(cfg["num_experts"])]
             shapes[f"{prefix}.mlp.gate.weight"] = (cfg["num_experts"], width)
+        if cfg["model_type"] in ("qwen3", "qwen3_moe"):
             for letter in "qk":
                 shapes[f"{prefix}.self_attn.{letter}_norm.weight"] = (head_dim,)
         for mlp in mlps:

@@ -17,7 +17,11 @@ from jaxserve.errors import WeightError
 from jaxserve.weights.gguf import GgufFile
 
 # GGUF architecture -> (Hugging Face class, model_type). Mistral's files call themselves llama.
-_ARCHITECTURES = {"llama": ("LlamaForCausalLM", "llama"), "qwen2": ("Qwen2ForCausalLM", "qwen2")}
+_ARCHITECTURES = {
+    "llama": ("LlamaForCausalLM", "llama"),
+    "qwen2": ("Qwen2ForCausalLM", "qwen2"),
+    "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+}
 
 ROPE_FACTORS_TENSOR = "rope_freqs.weight"
 

@@ -40,3 +40,14 @@ def rms_norm(x_TD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     x_TD = x_TD.astype(jnp.float32)
     variance_T1 = jnp.mean(jnp.square(x_TD), axis=-1, keepdims=True)
     return x_TD * jax.lax.rsqrt(variance_T1 + eps) * weight_D
+
+
+def normalize_heads(
+    qkv_TF: jax.Array, q_norm_H: jax.Array, k_norm_H: jax.Array, num_heads: int, eps: float
+) -> jax.Array:
+    """Each head of q and of k by its own rms norm; those of v as they are: [T, F] float32."""
+    qkv_TAH = qkv_TF.reshape(len(qkv_TF), -1, len(q_norm_H))
+    first_v = (qkv_TAH.shape[1] + num_heads) // 2
+    q_TNH, k_TKH, v_TKH = jnp.split(qkv_TAH, [num_heads, first_v], axis=1)
+    parts = rms_norm(q_TNH, q_norm_H, eps), rms_norm(k_TKH, k_norm_H, eps), v_TKH
+    return jnp.concatenate(parts, axis=1).reshape(qkv_TF.shape)

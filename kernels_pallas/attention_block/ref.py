@@ -1,5 +1,6 @@
-"""The attention block of a layer for decode rows, in one: the residual add and norm, q, k and v, their
-rotation, the write of K and V, attention, and o. The specification; and what a set of kernels has of it.
+"""The attention block of a layer for decode rows, in one: the residual add and norm, q, k and v, the norms
+of their heads, rotation, the write of K and V, attention, and o. The specification; and what a set of kernels
+has of it.
 
 Called by the models (models/products.py). Knows no sharding.
 """
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxserve.kernels_pallas.add_norm.ref import normalize_heads
 from jaxserve.kernels_pallas.kv_layer import KVLayer
 from jaxserve.kernels_pallas.kv_write.ref import rope_write
 from jaxserve.kernels_pallas.paged_attention.ref import paged_decode
@@ -20,12 +22,17 @@ from jaxserve.kernels_pallas.stacked_matmul.ref import FLOAT32, multiply, norm_m
 
 
 class BlockWeights(NamedTuple):
-    """Stacks of all layers; `bias_LF` is None in models without biases on q, k and v."""
+    """Stacks of all layers. None in models without biases on q, k and v, or norms on the heads of q and k."""
 
     norm_LD: jax.Array
     w_qkv_LFD: jax.Array
     bias_LF: jax.Array | None
     w_o_LDF: jax.Array
+    q_norm_LH: jax.Array | None = None
+    k_norm_LH: jax.Array | None = None
+
+    def list_vectors(self) -> tuple[jax.Array | None, ...]:
+        return self.norm_LD, self.bias_LF, self.q_norm_LH, self.k_norm_LH
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +73,11 @@ def attend(
 
     y may be bf16. `rope` are cos and sin, [R, 1, H / 2]; the rest is as in the refs of the parts. A row of
     kv_len 0 attends to nothing."""
-    norm_LD, w_qkv_LFD, bias_LF, w_o_LDF = weights
+    norm_LD, w_qkv_LFD, bias_LF, w_o_LDF, *_ = weights
     x_RD, qkv_RF = norm_multiply(x_RD, y_RD, norm_LD, w_qkv_LFD, bias_LF, layer, eps=eps)
+    if weights.q_norm_LH is not None and weights.k_norm_LH is not None:
+        head_norms = weights.q_norm_LH[layer], weights.k_norm_LH[layer]
+        qkv_RF = normalize_heads(qkv_RF, *head_norms, num_heads, eps)
     qkv_RAH = qkv_RF.reshape(len(qkv_RF), -1, kv.head_dim)
     q_RNH, kv = rope_write(kv, qkv_RAH, *rope, write_index_R, num_heads=num_heads)
     o_RNH = paged_decode(q_RNH, kv, table_XW, slot_R, kv_len_R, scale=scale)

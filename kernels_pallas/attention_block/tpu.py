@@ -28,6 +28,7 @@ from jaxserve.kernels_pallas.add_norm.tpu_rows import add_norm_rows, find_vector
 from jaxserve.kernels_pallas.attention_block.ref import BlockForm, BlockWeights
 from jaxserve.kernels_pallas.attention_block.tpu_rows import RowAttention, list_rows_scratch, make_shape
 from jaxserve.kernels_pallas.kv_pages import LANES, KVPages
+from jaxserve.kernels_pallas.kv_write.tpu_heads import HeadNorms
 from jaxserve.kernels_pallas.paged_attention.tpu_decode_shape import DecodeShape
 from jaxserve.kernels_pallas.paged_attention.tpu_plan import Chip
 from jaxserve.kernels_pallas.paged_attention.tpu_work import Work
@@ -81,9 +82,8 @@ def attend(
     shape = make_shape(kv, num_heads, scale, chip)
     stacks = [w_LFD[:, None] for w_LFD in (weights.w_qkv_LFD, weights.w_o_LDF)]
     cuts = [_cut(w_LPFD) for w_LPFD in stacks]
-    vectors = {"norm": weights.norm_LD}
-    if weights.bias_LF is not None:
-        vectors["bias"] = weights.bias_LF
+    named = zip(("norm", "bias", "q_norm", "k_norm"), weights.list_vectors(), strict=True)
+    vectors = {name: stack for name, stack in named if stack is not None}
     pool_Z1L = kv.words_PSJL.reshape(-1, 1, LANES)
     scalars = (layer[None], work.first_page_1, *work.tiles, write_index_R)
     outs = {
@@ -185,9 +185,14 @@ def _run(*args: Any, shape: DecodeShape, cuts: list[Blocks], num_heads: int, eps
     qkv, o = (begin_stream(blocks, 0, layer, *buffers) for blocks, *buffers in own)
     sum_left, out_left = (scratch["left"].at[i] for i in range(2))
     outputs = Outputs(stream=o, leaving_VTR=scratch["leaving"], left=out_left, out_TF=outs["out"])
+    vectors = {name: find_vector(tile, layer) for name, tile in refs.vectors.items()}
+    norms = None
+    if "q_norm" in vectors:
+        norms = HeadNorms(vectors["q_norm"], vectors["k_norm"], num_heads, eps)
     attention = RowAttention(
         shape=shape,
         num_heads=num_heads,
+        norms=norms,
         tiles_FL=refs.tiles_FL,
         cores_2C=refs.cores_2C,
         first_page_1=refs.first_page_1,
@@ -199,8 +204,7 @@ def _run(*args: Any, shape: DecodeShape, cuts: list[Blocks], num_heads: int, eps
 
     repeat(qkv.depth, qkv.start)
     cursor = attention.announce()
-    weight_1D = find_vector(refs.vectors["norm"], layer)
-    add_norm_rows(refs.x_RD, refs.y_RD, weight_1D, scratch["sum"], scratch["normed"], eps=eps)
+    add_norm_rows(refs.x_RD, refs.y_RD, vectors["norm"], scratch["sum"], scratch["normed"], eps=eps)
     sum_leaves = pltpu.make_async_copy(scratch["sum"], outs["sum"], sum_left)
     sum_leaves.start()
 
@@ -209,8 +213,8 @@ def _run(*args: Any, shape: DecodeShape, cuts: list[Blocks], num_heads: int, eps
 
     multiply_stream(qkv, scratch["normed"], keep_qkv, o)
     repeat(o.depth - qkv.depth, lambda i: o.start(qkv.depth + i))
-    if "bias" in refs.vectors:
-        scratch["qkv"][...] += find_vector(refs.vectors["bias"], layer)
+    if "bias" in vectors:
+        scratch["qkv"][...] += vectors["bias"]
     attention.run(cursor, scratch["qkv"], refs.cos_R1I, refs.sin_R1I, scratch["heads"])
     multiply_stream(o, scratch["heads"], lambda visit, sums: outputs.send(visit, sums[0]), None)
     outputs.wait()

@@ -19,7 +19,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxserve.kernels_pallas.kv_pages import LANES, KVPages
 from jaxserve.kernels_pallas.kv_write.move_rows import RowMoves
-from jaxserve.kernels_pallas.kv_write.tpu_heads import Heads, collect_outputs, pack_words, spread_queries
+from jaxserve.kernels_pallas.kv_write.tpu_heads import (
+    HeadNorms,
+    Heads,
+    collect_outputs,
+    pack_words,
+    spread_queries,
+)
 from jaxserve.kernels_pallas.paged_attention.tpu_decode_core import DecodeCore, list_core_scratch
 from jaxserve.kernels_pallas.paged_attention.tpu_decode_rows import RowsInVmem
 from jaxserve.kernels_pallas.paged_attention.tpu_decode_shape import DecodeShape
@@ -69,6 +75,7 @@ class RowAttention:
     table_R1W: Any
     pool_Z1L: Any
     scratch: dict[str, Any]
+    norms: HeadNorms | None = None
 
     def announce(self) -> Cursor:
         """Ask for the ids of the first pages; `run` goes on from there."""
@@ -77,7 +84,7 @@ class RowAttention:
     def run(self, cursor: Cursor, qkv_RF: Any, cos_R1I: Any, sin_R1I: Any, out_RF: Any) -> None:
         """All are references; of rows that attend to nothing, or are another core's, `out_RF` gets zeros."""
         layout, scratch = self.shape.layout, self.scratch
-        heads = Heads(qkv_RF, cos_R1I[:, 0], sin_R1I[:, 0], layout.head_dim)
+        heads = Heads(qkv_RF, cos_R1I[:, 0], sin_R1I[:, 0], layout.head_dim, self.norms)
         pack_words(heads, scratch["words"], self.num_heads, layout)
         moves = self._make_moves(qkv_RF.shape[0])
         moves.start()

@@ -22,13 +22,25 @@ from jaxserve.kernels_pallas.paged_attention.tpu_queries import count_unit_rows
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Weights of the rms norm of each head of q and of k, [1, H]."""
+
+    q_1H: jax.Array
+    k_1H: jax.Array
+    num_heads: int  # of q
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class Heads:
-    """A block's heads, cut out of its channels."""
+    """A block's heads, cut out of its channels. Those of q and k are normed before they are turned, if there
+    are `norms`."""
 
     qkv_TF: Any
     cos_TI: jax.Array
     sin_TI: jax.Array
     head_dim: int
+    norms: HeadNorms | None = None
 
     def read(self, head: int, place: int, *, is_turned: bool) -> list[jax.Array]:
         """Its chunks, float32 [T, L], turned or as they are. One that shares a chunk with others comes in the
@@ -36,10 +48,10 @@ class Heads:
         if self.head_dim >= LANES:
             first = head * self.head_dim
             chunks = [self._load(first + i) for i in range(0, self.head_dim, LANES)]
-            return self._turn(chunks) if is_turned else chunks
+            return self._turn(self._normalize(chunks, head)) if is_turned else chunks
         together = LANES // self.head_dim
         chunks = [self._load(head // together * LANES)]
-        (x_TL,) = self._turn(chunks) if is_turned else chunks
+        (x_TL,) = self._turn(self._normalize(chunks, head)) if is_turned else chunks
         shift = (place - head % together) * self.head_dim % LANES
         x_TL = pltpu.roll(x_TL, shift, 1) if shift else x_TL
         return [jnp.where(_lanes(x_TL) // self.head_dim == place, x_TL, 0.0)]
@@ -48,6 +60,22 @@ class Heads:
         width = min(LANES, self.qkv_TF.shape[1] - first)
         x_TL = self.qkv_TF[:, first : first + width].astype(jnp.float32)
         return x_TL if width == LANES else jnp.pad(x_TL, ((0, 0), (0, LANES - width)))
+
+    def _normalize(self, chunks: list[jax.Array], head: int) -> list[jax.Array]:
+        """Of a chunk that heads share the lanes of this one; what is in the others means nothing then."""
+        norms = self.norms
+        if norms is None:
+            return chunks
+        weight_1H = norms.q_1H if head < norms.num_heads else norms.k_1H
+        squares = [x_TL * x_TL for x_TL in chunks]
+        if self.head_dim < LANES:
+            together = LANES // self.head_dim
+            weight_1H = jnp.concatenate([weight_1H] * together, axis=1)
+            is_own_TL = _lanes(squares[0]) // self.head_dim == head % together
+            squares = [jnp.where(is_own_TL, squares[0], 0.0)]
+        sum_T1 = sum(jnp.sum(x_TL, axis=1, keepdims=True) for x_TL in squares)
+        scale_T1 = jax.lax.rsqrt(sum_T1 / self.head_dim + norms.eps)
+        return [x_TL * scale_T1 * weight_1H[:, i * LANES :][:, :LANES] for i, x_TL in enumerate(chunks)]
 
     def _turn(self, chunks: list[jax.Array]) -> list[jax.Array]:
         """Pairs (i, i + H / 2): of two chunks, or within the heads of one."""

@@ -26,17 +26,19 @@ EPS, BF16_STEP = 1e-5, 2.0**-8
 PAGE_SIZE, NUM_LAYERS, LAYER = 128, 3, 1
 # Tokens that each row attends to, its own among them; 0 is padding. Of a page the first token and the last.
 LENGTHS = [300, 1, 128, 0, 129, 5, 640, 77]
-# Heads of a device, width, biases, and the type of y. Two heads in a chunk and one; a unit of two chunks.
+# Heads of a device, width, whether there are biases or norms of heads, and the type of y. Two heads in a
+# chunk and one; a unit of two chunks.
 CASES = [
-    (Heads(4, 2, 128), 512, True, "bfloat16"),
-    (Heads(14, 2, 64), 896, True, "float32"),
-    (Heads(8, 1, 64), 512, False, "float32"),
-    (Heads(4, 2, 256), 512, False, "bfloat16"),
-    (Heads(16, 8, 128), 512, False, "float32"),
+    (Heads(4, 2, 128), 512, "biases", "bfloat16"),
+    (Heads(14, 2, 64), 896, "biases", "float32"),
+    (Heads(8, 1, 64), 512, "norms", "float32"),
+    (Heads(4, 2, 256), 512, "norms", "bfloat16"),
+    (Heads(16, 8, 128), 512, "", "float32"),
+    (Heads(8, 2, 128), 512, "norms", "float32"),
 ]
 
 
-def make_weights(heads: Heads, width: int, has_bias: bool) -> BlockWeights:
+def make_weights(heads: Heads, width: int, extras: str = "") -> BlockWeights:
     rng = np.random.default_rng(width)
     channels = heads.num_heads * heads.head_dim
     outputs = channels + 2 * heads.num_kv_heads * heads.head_dim
@@ -46,7 +48,9 @@ def make_weights(heads: Heads, width: int, has_bias: bool) -> BlockWeights:
 
     bf16 = jnp.bfloat16
     w_qkv_LFD, w_o_LDF = draw(outputs, width, dtype=bf16) / 32, draw(width, channels, dtype=bf16)
-    return BlockWeights(draw(width), w_qkv_LFD, draw(outputs) if has_bias else None, w_o_LDF)
+    bias_LF = draw(outputs) if extras == "biases" else None
+    head_norms = [draw(heads.head_dim) if extras == "norms" else None for _ in "qk"]
+    return BlockWeights(draw(width), w_qkv_LFD, bias_LF, w_o_LDF, *head_norms)
 
 
 def make_rows(num_rows: int, width: int, head_dim: int, y_dtype: str) -> tuple[jax.Array, jax.Array, Any]:
@@ -66,12 +70,22 @@ def find_places(pool: Pool, lengths: list[int]) -> np.ndarray:
     return places
 
 
-def project_exactly(weights: BlockWeights, x: jax.Array, y: jax.Array) -> np.ndarray:
+def project_exactly(heads: Heads, weights: BlockWeights, x: jax.Array, y: jax.Array) -> np.ndarray:
     """q, k and v, [R, F]."""
-    norm_D, w_qkv_FD = (np.asarray(stack[LAYER], np.float64) for stack in weights[:2])
+    norm_D = np.asarray(weights.norm_LD[LAYER], np.float64)
+    w_qkv_FD = np.asarray(weights.w_qkv_LFD[LAYER], np.float64)
     added = np.asarray(x, np.float64) + np.asarray(y, np.float64)
     h = added / np.sqrt((added**2).mean(axis=1, keepdims=True) + EPS) * norm_D
-    return h @ w_qkv_FD.T + (0 if weights.bias_LF is None else np.asarray(weights.bias_LF[LAYER]))
+    qkv_RF = h @ w_qkv_FD.T + (0 if weights.bias_LF is None else np.asarray(weights.bias_LF[LAYER]))
+    if weights.q_norm_LH is None or weights.k_norm_LH is None:
+        return qkv_RF
+    q_norm_H, k_norm_H = (np.asarray(stack)[LAYER] for stack in (weights.q_norm_LH, weights.k_norm_LH))
+    qkv_RAH = qkv_RF.reshape(len(qkv_RF), -1, heads.head_dim)
+    size_RA1 = np.sqrt((qkv_RAH**2).mean(axis=2, keepdims=True) + EPS)
+    first_k, first_v = heads.num_heads, heads.num_heads + heads.num_kv_heads
+    qkv_RAH[:, :first_k] *= q_norm_H / size_RA1[:, :first_k]
+    qkv_RAH[:, first_k:first_v] *= k_norm_H / size_RA1[:, first_k:first_v]
+    return qkv_RF
 
 
 def attend_to_all(
@@ -92,10 +106,10 @@ def attend_to_all(
 
 
 @pytest.mark.parametrize("form", ["ref", "tpu"])
-@pytest.mark.parametrize(("heads", "width", "has_bias", "y_dtype"), CASES, ids=str)
-def test_a_block_is_what_its_parts_are(form, heads, width, has_bias, y_dtype, capfd):
+@pytest.mark.parametrize(("heads", "width", "extras", "y_dtype"), CASES, ids=str)
+def test_a_block_is_what_its_parts_are(form, heads, width, extras, y_dtype, capfd):
     pool = make_pool(heads, LENGTHS, PAGE_SIZE, "bfloat16")
-    weights = make_weights(heads, width, has_bias)
+    weights = make_weights(heads, width, extras)
     x_RD, y_RD, angle_R1I = make_rows(len(LENGTHS), width, heads.head_dim, y_dtype)
     rope = jnp.asarray(np.cos(angle_R1I), jnp.float32), jnp.asarray(np.sin(angle_R1I), jnp.float32)
     places = find_places(pool, LENGTHS)
@@ -113,7 +127,7 @@ def test_a_block_is_what_its_parts_are(form, heads, width, has_bias, y_dtype, ca
     else:
         sum_RD, out_RD, new_kv = run_tpu(operands, pool, rope, places, rows, sizes)
         assert "RACE DETECTED" not in capfd.readouterr().out
-    qkv_RF = project_exactly(weights, x_RD, y_RD)
+    qkv_RF = project_exactly(heads, weights, x_RD, y_RD)
     out_RF, new = attend_to_all(heads, qkv_RF, angle_R1I, pool, LENGTHS)
     exact_RD = out_RF @ np.asarray(weights.w_o_LDF[LAYER], np.float64).T
     np.testing.assert_array_equal(sum_RD, x_RD + y_RD)
@@ -217,25 +231,25 @@ def test_write_and_attention_in_one(kind, heads, lengths, capfd):
         np.testing.assert_array_equal(new_kv.words_PSJL, kv.words_PSJL)
 
 
-# Of Qwen2.5 0.5B on two devices and 7B on four, and of Llama 3 8B on one.
+# Of Qwen2.5 0.5B on two devices and 7B on four, and of Qwen3 8B on one.
 @pytest.mark.parametrize("chip", ["v5e", "v6e", "tpu7x"])
 @pytest.mark.parametrize(
-    ("heads", "width", "num_rows", "y_dtype"),
+    ("heads", "width", "num_rows", "extras", "y_dtype"),
     [
-        (Heads(8, 1, 64), 896, 8, "float32"),
-        (Heads(7, 1, 128), 3584, 64, "bfloat16"),
-        (Heads(32, 8, 128), 4096, 8, "float32"),
+        (Heads(8, 1, 64), 896, 8, "biases", "float32"),
+        (Heads(7, 1, 128), 3584, 64, "biases", "bfloat16"),
+        (Heads(32, 8, 128), 4096, 8, "norms", "float32"),
     ],
     ids=str,
 )
-def test_a_block_compiles_into_one_launch(chip, heads, width, num_rows, y_dtype):
+def test_a_block_compiles_into_one_launch(chip, heads, width, num_rows, extras, y_dtype):
     from jaxserve.kernels_pallas.attention_block.tpu import make_form
 
     figures = CHIPS[device_kind(chip)]
     form = make_form(figures)
     assert form is not None
     shape = jax.ShapeDtypeStruct
-    weights = jax.eval_shape(lambda: make_weights(heads, width, has_bias=True))
+    weights = jax.eval_shape(lambda: make_weights(heads, width, extras))
     size = (heads.num_kv_heads, heads.head_dim, "bfloat16")
     kv = jax.eval_shape(lambda: make_pages(2 * NUM_LAYERS, PAGE_SIZE, *size))
     assert form.serves(num_rows, weights.w_qkv_LFD, weights.w_o_LDF, kv)
@@ -290,7 +304,7 @@ def test_what_has_no_block():
     assert make_form(CHIPS["TPU v5"]) is None  # a v5p, whose two cores share the rows
     form = make_form(CHIPS["TPU v5 lite"])
     assert form is not None
-    weights = make_weights(Heads(4, 2, 128), 512, has_bias=False)
+    weights = make_weights(Heads(4, 2, 128), 512)
     matrices = weights.w_qkv_LFD, weights.w_o_LDF
     assert form.serves(64, *matrices, make_pages(2, PAGE_SIZE, 2, 128, "bfloat16"))
     assert not form.serves(65, *matrices, make_pages(2, PAGE_SIZE, 2, 128, "bfloat16"))

@@ -68,7 +68,7 @@ def test_metadata_becomes_the_config_of_the_hugging_face_model(tmp_path: Path, n
         "max_position_embeddings", "vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id",
     ):  # fmt: skip
         assert made[key] == config[key], key
-    assert made["head_dim"] == {"llama": 12, "llama_tied": 10, "qwen2": 8}[name]
+    assert made["head_dim"] == {"llama": 12, "llama_tied": 10, "qwen2": 8, "qwen3": 12}[name]
     file.close()
 
 

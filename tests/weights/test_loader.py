@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxserve.errors import WeightError
-from jaxserve.models import llama, qwen2, qwen3_moe
+from jaxserve.models import llama, qwen2, qwen3, qwen3_moe
 from jaxserve.models.interface import ParamSpec, TensorSource
 from jaxserve.models.quant import Matrix, QuantizedMatrix, hadamard
 from jaxserve.weights import building
@@ -26,7 +26,7 @@ from jaxserve.weights.served import DTYPES, count_served_bytes, describe_params
 from tests import tiny
 from tests.weights.gguf_files import write_model, write_tensors
 
-FAMILIES = {"llama": llama, "llama_tied": llama, "qwen2": qwen2, "qwen3_moe": qwen3_moe}
+FAMILIES = {"llama": llama, "llama_tied": llama, "qwen2": qwen2, "qwen3": qwen3, "qwen3_moe": qwen3_moe}
 
 
 def ignore_progress(message: str, done_bytes: int, total_bytes: int | None) -> None:
