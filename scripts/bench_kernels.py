@@ -5,10 +5,11 @@
     python scripts/bench_kernels.py --form xla                 # the reference forms, anywhere
 
 The shapes are those of the kernel_bench_*.py files beside this one. A kernel is called `--calls` times within
-one program, each call behind the one before, so that launches cost nothing; median of several rounds. The
-error is that of the GPU form against the reference on the same device, relative to the largest value, where
-the reference is not too slow to be asked (--no-check leaves it out). cuDNN, through jax.nn, stands beside
-prompts without a prefix. Prints a Markdown table; the last line is one JSON object.
+one program, each call behind the one before; median of several rounds. "loop" is what a turn of that program
+takes around nothing, and is within the time. The error is that of the GPU form against the reference on the
+same device, relative to the largest value, where the reference is not too slow to be asked (--no-check leaves
+it out). cuDNN, through jax.nn, stands beside prompts without a prefix. Prints a Markdown table; the last line
+is one JSON object.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -155,6 +156,16 @@ def time_kernel(call: Callable, case: Case, num_calls: int) -> float:
     return time_calls(write_again) / num_calls
 
 
+def time_loop(case: Case, num_calls: int) -> float:
+    """Seconds of a turn of the loop around nothing, which `time_kernel` counts too."""
+
+    def give_smallest(*arguments: Any, **_options: Any) -> Any:
+        smallest = min(jax.tree.leaves(arguments), key=lambda leaf: leaf.nbytes)
+        return (smallest, arguments[0]) if case.group == "rope write" else smallest
+
+    return time_kernel(give_smallest, case, num_calls)
+
+
 def measure_error(call: Callable, case: Case) -> float | None:
     """Largest difference from the reference, relative to the largest value; for tokens, the share that
     differs."""
@@ -198,19 +209,43 @@ def time_cudnn(case: Case, num_calls: int) -> float | None:
 def measure(case: Case, arguments: argparse.Namespace, ceilings: Ceilings) -> dict[str, Any]:
     call = find_form(case.group, arguments.form)
     call_s = time_kernel(call, case, arguments.calls)
-    is_gpu = arguments.form == "gpu"
-    cudnn_s = time_cudnn(case, arguments.calls) if is_gpu else None
-    return {
+    loop_s = time_loop(case, arguments.calls)
+    found = {
         "kernel": case.group,
         "case": case.name,
         "us": 1e6 * call_s,
+        "loop_us": 1e6 * loop_s,
+        "net_us": 1e6 * (call_s - loop_s),
         "tb_per_s": case.moved_bytes / call_s / 1e12,
         "tflops": case.flops / call_s / 1e12,
         "copy_share": case.moved_bytes / call_s / ceilings.copy_bytes_per_s,
         "matmul_share": case.flops / call_s / ceilings.matmul_flops,
-        "error": measure_error(call, case) if is_gpu and not arguments.no_check else None,
-        "cudnn_us": None if cudnn_s is None else 1e6 * cudnn_s,
+        "error": None,
+        "cudnn_us": None,
     }
+    if arguments.form != "gpu":
+        return found
+    try:  # what was measured so far is not lost where the reference is too large, or cuDNN is not there
+        found["error"] = None if arguments.no_check else measure_error(call, case)
+        cudnn_s = time_cudnn(case, arguments.calls)
+        found["cudnn_us"] = None if cudnn_s is None else 1e6 * cudnn_s
+    except Exception as error:  # of libraries and drivers, which raise whatever they like
+        found["failed"] = describe(error)
+    return found
+
+
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def measure_all(arguments: argparse.Namespace, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """A shape that fails is told with its reason, and costs no other."""
+    for group in arguments.groups:
+        for case in islice(list_cases(group, arguments.only), arguments.first):
+            try:
+                yield measure(case, arguments, ceilings)
+            except Exception as error:  # of compilers and drivers, which raise whatever they like
+                yield {"kernel": group, "case": case.name, "failed": describe(error)}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -227,6 +262,29 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def print_figures(found: Iterable[dict[str, Any]]) -> None:
+    print()
+    rows = []
+    for one in found:
+        error = "–" if one["error"] is None else f"{one['error']:.1e}"
+        rates = [show(one["tb_per_s"], 2), f"{one['copy_share']:.0%}", show(one["tflops"], 1)]
+        rates += [f"{one['matmul_share']:.0%}", error, show(one["cudnn_us"], 1)]
+        rows.append([one["kernel"], one["case"], show(one["us"], 1), show(one["loop_us"], 1), *rates])
+    heads = [
+        "kernel",
+        "case",
+        "us",
+        "loop, us",
+        "TB/s",
+        "of copy",
+        "TFLOP/s",
+        "of matmul",
+        "error",
+        "cuDNN, us",
+    ]
+    print_table(heads, rows)
+
+
 def main() -> None:
     arguments = parse_arguments()
     if arguments.form == "gpu" and jax.default_backend() != "gpu":
@@ -234,19 +292,10 @@ def main() -> None:
     ceilings = measure_ceilings(arguments.copy_mib << 20, arguments.matmul_width)
     print(f"{ceilings}\n", flush=True)
     found = []
-    for group in arguments.groups:
-        for case in islice(list_cases(group, arguments.only), arguments.first):
-            found.append(measure(case, arguments, ceilings))
-            print(json.dumps(found[-1]), flush=True)  # a run that is cut short has told this much
-    print()
-    rows = []
-    for one in found:
-        error = "–" if one["error"] is None else f"{one['error']:.1e}"
-        rates = [show(one["tb_per_s"], 2), f"{one['copy_share']:.0%}", show(one["tflops"], 1)]
-        rates += [f"{one['matmul_share']:.0%}", error, show(one["cudnn_us"], 1)]
-        rows.append([one["kernel"], one["case"], show(one["us"], 1), *rates])
-    heads = ["kernel", "case", "us", "TB/s", "of copy", "TFLOP/s", "of matmul", "error", "cuDNN, us"]
-    print_table(heads, rows)
+    for one in measure_all(arguments, ceilings):
+        found.append(one)
+        print(json.dumps(one), flush=True)  # a run that is cut short has told this much
+    print_figures([one for one in found if "us" in one])
     machine = {**describe_machine(["jax", "jaxlib"]), "device": jax.devices()[0].device_kind}
     report = {"machine": machine, "form": arguments.form, "ceilings": asdict(ceilings), "kernels": found}
     print(json.dumps(report))

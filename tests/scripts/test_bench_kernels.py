@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from scripts import (
+    bench_kernels,
     kernel_bench_decode,
     kernel_bench_grouped,
     kernel_bench_int4,
@@ -79,6 +81,22 @@ def test_a_kernel_is_timed_and_its_bytes_are_those_of_the_shape():
     assert row["case"] == "top-k 50, top-p 0.9, 1 row"
     assert abs(row["tb_per_s"] * row["us"] * 1e6 - 4 * 151936) < 1  # one read of the logits
     assert report["form"] == "xla"
+    assert 0 < row["loop_us"] < row["us"]
+    assert row["net_us"] == pytest.approx(row["us"] - row["loop_us"])
+
+
+def test_a_shape_that_fails_is_told_with_its_reason_and_costs_no_other(monkeypatch):
+    def break_one(case: Case, *_: Any) -> dict[str, Any]:
+        if "bf16" in case.name:
+            raise RuntimeError("no such instruction")
+        return {"case": case.name, "us": 1.0}
+
+    monkeypatch.setattr(bench_kernels, "measure", break_one)
+    arguments = argparse.Namespace(groups=["sampling"], only="top-k 50, top-p 0.9", first=3)
+    ceilings = bench_kernels.Ceilings(copy_bytes_per_s=1.0, matmul_flops=1.0)
+    rows = list(bench_kernels.measure_all(arguments, ceilings))
+    assert [row.get("us") for row in rows] == [1.0, None, 1.0]
+    assert rows[1]["failed"] == "RuntimeError: no such instruction"
 
 
 def test_without_a_gpu_it_says_so():
