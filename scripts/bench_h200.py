@@ -171,7 +171,8 @@ def run_part(part: Part, commands: Sequence[list[str]], limit_s: float, report: 
     """ "done", or what went wrong. Whatever it told until then is in the report."""
     start_s = time.monotonic()
     report.set_state(part.name, "running", 0)
-    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]  # packages may lie in a folder of their own
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     processes = [
         subprocess.Popen(
             command,

@@ -41,6 +41,16 @@ def test_a_part_that_hangs_is_cut_off_and_one_beside_it_is_not(tmp_path):
     assert sorted(row["us"] for row in read_rows(tmp_path)) == [1, 2]
 
 
+def test_packages_that_are_carried_in_a_folder_are_found_by_the_parts(tmp_path, monkeypatch):
+    """On the lent machine nothing is installed: PYTHONPATH names the folder of the carried wheels."""
+    monkeypatch.setenv("PYTHONPATH", "/carried")
+    program = """import json, sys; print(json.dumps({"us": 1, "paths": sys.path}))"""
+    assert run_python(Report(tmp_path, {}), program) == "done"
+    (row,) = read_rows(tmp_path)
+    places = [row["paths"].index(path) for path in (str(ROOT), "/carried")]
+    assert places == sorted(places)
+
+
 def test_the_report_ends_with_the_goals(tmp_path, capsys):
     report = Report(tmp_path, {})
     run_python(report, """print('{"us": 12.345, "case": "a"}')""")
