@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_workload import print_table, show
+from bench_workload import ask_git, print_table, show
 from h200_goals import GOALS, Goal, find_figure
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +50,18 @@ class Part:
 
 TINY_RATES = "--copy-mib 8 --matmul-width 128"
 TINY_STEP = f"--model-path {TINY} --dtype float32 {TINY_RATES} --rows 1"
+KERNEL_COLUMNS = ("kernel", "case", "us", "net_us", "tb_per_s", "copy_share", "tflops", "matmul_share")
+KERNEL_COLUMNS += ("error", "failed")
+STEP_COLUMNS = (
+    "shape",
+    "step_ms",
+    "launch_ms",
+    "tokens_per_s",
+    "copy_share",
+    "matmul_share",
+    "compile_s",
+    "failed",
+)
 PARTS = [
     Part(
         name="rates",
@@ -65,18 +77,34 @@ PARTS = [
         limit_s=120,
         commands=tuple(
             f"check_kernels.py --groups {group}"
-            for group in ("decode", "prefill", "'rope write' sampling int4 experts")
+            for group in ("decode", "prefill", "'rope write'", "sampling", "int4", "experts")
         ),
         dry=("check_kernels.py --form xla --first 2 --groups decode 'rope write'",),
-        columns=("kernel", "case", "error", "tolerance", "right"),
+        columns=("kernel", "case", "error", "tolerance", "right", "failed"),
+    ),
+    Part(
+        name="decode",
+        question="is decode attention fast",
+        limit_s=60,
+        commands=("bench_kernels.py --first 4 --groups decode",),
+        dry=(),
+        columns=KERNEL_COLUMNS,
+    ),
+    Part(
+        name="prefill",
+        question="is prefill attention fast",
+        limit_s=90,
+        commands=("bench_kernels.py --first 4 --groups prefill",),
+        dry=(),
+        columns=(*KERNEL_COLUMNS, "cudnn_us"),
     ),
     Part(
         name="kernels",
-        question="are they fast",
-        limit_s=150,
-        commands=("bench_kernels.py --first 4",),
+        question="are the other kernels fast",
+        limit_s=120,
+        commands=("bench_kernels.py --first 4 --groups sampling 'rope write' int4 experts",),
         dry=(f"bench_kernels.py --form xla --groups sampling --only 'top-p 0.95, 1 flat row' {TINY_RATES}",),
-        columns=("kernel", "case", "us", "tb_per_s", "copy_share", "tflops", "matmul_share", "error"),
+        columns=KERNEL_COLUMNS,
     ),
     Part(
         name="step",
@@ -84,7 +112,7 @@ PARTS = [
         limit_s=200,
         commands=(f"bench_step.py --model-path {SHAPE_7B} --rows 1 64 256 8 --prefill 8192 1024 32768",),
         dry=(f"bench_step.py {TINY_STEP} --context 70 --prefill 64",),
-        columns=("shape", "step_ms", "launch_ms", "tokens_per_s", "copy_share", "matmul_share", "compile_s"),
+        columns=STEP_COLUMNS,
     ),
     Part(
         name="int4",
@@ -94,7 +122,7 @@ PARTS = [
             f"bench_step.py --model-path {SHAPE_7B} --quantization int4 --rows 1 64 8 256 --prefill 2048",
         ),
         dry=(),  # the tiny model is too narrow
-        columns=("shape", "step_ms", "launch_ms", "tokens_per_s", "copy_share", "matmul_share", "compile_s"),
+        columns=STEP_COLUMNS,
     ),
     Part(
         name="peers",
@@ -126,7 +154,7 @@ PARTS = [
         limit_s=200,
         commands=(f"bench_step.py --model-path {SHAPE_7B} --rows 64 --prefill --try-xla-flags",),
         dry=(f"bench_step.py {TINY_STEP} --context 9 --prefill",),
-        columns=("shape", "xla_flags", "step_ms", "launch_ms", "copy_share", "compile_s"),
+        columns=("shape", "xla_flags", "step_ms", "launch_ms", "copy_share", "compile_s", "failed"),
     ),
 ]
 TORCH_SCRIPTS = ("peer_torch.py", "peer_generation.py")
@@ -141,6 +169,7 @@ class Report:
         self.log = (folder / "h200.log").open("w", encoding="utf-8")
         self.facts = facts
         self.parts: dict[str, dict[str, Any]] = {}
+        self._last_words: dict[str, str] = {}  # of each part, that are no row
         self._lock = threading.Lock()
 
     def hear(self, part: str, line: str) -> None:
@@ -154,11 +183,15 @@ class Report:
             if row is not None:
                 self.parts[part]["rows"].append(row)
                 self._write()
+            elif line.strip():
+                self._last_words[part] = line
 
     def set_state(self, part: str, state: str, seconds: float) -> None:
         with self._lock:
             known = self.parts.setdefault(part, {"rows": []})
             known |= {"state": state, "seconds": round(seconds, 1)}
+            if state not in ("running", "done"):
+                known["last_words"] = self._last_words.get(part, "")
             self._write()
 
     def _write(self) -> None:
@@ -223,11 +256,16 @@ def split_command(words: str, torch_python: str) -> list[str]:
     return [python, f"scripts/{found[0]}", *found[1:]]
 
 
-def has_gpu() -> bool:
-    """Asked in a process of its own: this one must not hold the card while parts run."""
+def explain_no_gpu() -> str:
+    """Nothing where jax can use one. Asked in a process of its own, as this one must not hold the card."""
     question = "import jax; print(jax.default_backend())"
     answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, timeout=120)
-    return answer.stdout.strip().endswith("gpu")
+    if answer.stdout.strip().endswith("gpu"):
+        return ""
+    reason = "\n".join(answer.stderr.splitlines()[-5:])
+    return (
+        f"There is no GPU here that jax could use; --dry-run tests the plumbing on a CPU.\n{reason}".strip()
+    )
 
 
 def print_report(report: Report, parts: Sequence[Part], goals: Sequence[Goal]) -> None:
@@ -237,6 +275,8 @@ def print_report(report: Report, parts: Sequence[Part], goals: Sequence[Goal]) -
             continue
         print(f"\n## {part.name}: {part.question} ({known['state']}, {known['seconds']:.0f} s)\n")
         rows = [row for row in known["rows"] if part.columns[0] in row]
+        if known.get("last_words"):
+            print(f"Its last words: {known['last_words']}\n")
         used = [name for name in part.columns if any(row.get(name) not in (None, "") for row in rows)]
         if rows:
             print_table(used, [[_show(row.get(name)) for name in used] for row in rows])
@@ -265,6 +305,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=names, default=names)
     parser.add_argument("--budget-s", type=float, default=460, help="for all parts together [%(default)s]")
     parser.add_argument("--torch-python", default=sys.executable, metavar="PATH", help="that has torch")
+    parser.add_argument("--commit", metavar="ID", help="of these files, where git does not know it")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "out"))
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on a CPU")
     return parser.parse_args()
@@ -272,12 +313,11 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    if not arguments.dry_run and not has_gpu():
-        raise SystemExit("There is no GPU here that jax could use; --dry-run tests the plumbing on a CPU.")
     start_s = time.monotonic()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if not arguments.dry_run and (reason := explain_no_gpu()):
+        raise SystemExit(reason)
     facts = {
-        "commit": commit.stdout.strip() or None,
+        "commit": arguments.commit or ask_git("rev-parse", "HEAD") or None,
         "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
         "dry_run": arguments.dry_run,
     }

@@ -229,21 +229,24 @@ def describe_machine(packages: Sequence[str]) -> dict[str, str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
     return {
         "cpu": model or platform.processor(),
         "cores": str(os.cpu_count()),
         "instructions": " ".join(flag for flag in ("avx2", "avx512f", "amx_int8", "neon") if flag in flags),
         "python": platform.python_version(),
         **{package: version(package) for package in packages},
-        "commit": commit.stdout.strip(),
+        "commit": ask_git("describe", "--always", "--dirty", "--exclude", "*"),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def ask_git(*words: str) -> str:
+    """Of this clone; nothing where there is no git, or a copy of the files alone."""
+    try:
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 class Worker:

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from scripts.bench_h200 import PARTS, Part, Report, print_report, run_part, split_command
+from scripts.bench_workload import ask_git
 from scripts.h200_goals import GOALS, Goal, find_figure
 from scripts.kernel_bench_decode import DECODE_BENCHES
 from scripts.kernel_bench_prefill import PREFILL_BENCHES
@@ -51,6 +54,32 @@ def test_packages_that_are_carried_in_a_folder_are_found_by_the_parts(tmp_path, 
     assert places == sorted(places)
 
 
+def test_the_last_words_of_a_part_that_failed_are_told(tmp_path, capsys):
+    report = Report(tmp_path, {})
+    run_python(report, """print('{"us": 3}'); raise ValueError("of its own making")""")
+    print_report(report, [PART], [])
+    assert "ValueError: of its own making" in capsys.readouterr().out
+    assert json.loads((tmp_path / "h200.json").read_text())["parts"]["one"]["last_words"]
+
+
+def test_where_there_is_no_git_the_commit_is_unknown(monkeypatch):
+    assert ask_git("rev-parse", "HEAD")
+    monkeypatch.setenv("PATH", "")
+    assert ask_git("rev-parse", "HEAD") == ""
+
+
+@pytest.mark.parametrize(("figure", "ours", "ratio"), [("us", 50, 0.8), ("tps", 200, 4)])
+def test_a_goal_against_peers_is_about_the_best_of_them(figure, ours, ratio):
+    goal = Goal(
+        name="", part="one", row={"case": "a"}, figure=figure, peers=(("two", {"case": "a"}, figure),)
+    )
+    own = {"one": {"rows": [{"case": "a", figure: ours}]}}
+    assert find_figure(goal, own) is None
+    others = [{"case": "a", "failed": "no"}, {"case": "b", figure: 1e9}]
+    others += [{"case": "a", figure: value} for value in (40, 50)]
+    assert find_figure(goal, {**own, "two": {"rows": others}}) == ratio
+
+
 def test_the_report_ends_with_the_goals(tmp_path, capsys):
     report = Report(tmp_path, {})
     run_python(report, """print('{"us": 12.345, "case": "a"}')""")
@@ -68,8 +97,10 @@ def test_every_goal_is_about_something_that_is_measured():
     benches: list[Any] = [*DECODE_BENCHES[:4], *PREFILL_BENCHES[:4], *SAMPLING_BENCHES[:4]]
     names = {bench.name for bench in benches}
     for goal in GOALS:
-        (part,) = [part for part in PARTS if part.name == goal.part]
-        assert goal.figure in part.columns
+        figures = [(goal.part, goal.figure), *((part, figure) for part, _, figure in goal.peers)]
+        for name, figure in figures:
+            (part,) = [part for part in PARTS if part.name == name]
+            assert figure in part.columns
         assert goal.row.get("case") is None or goal.row["case"] in names
         assert (goal.at_least is None) != (goal.at_most is None)
 
