@@ -75,6 +75,13 @@ class StepFigures:
     matmul_share: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailedStep:
+    shape: str
+    xla_flags: str
+    failed: str
+
+
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def make_random(key: jax.Array, *, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Values of about the size of real weights: normal, or all of int8's."""
@@ -186,7 +193,7 @@ class StepBench:
         num_bytes, flops = self.count_work(shape, context)
         return StepFigures(
             shape=str(shape),
-            xla_flags=" ".join(f"{name}={value}" for name, value in self.tried_options.items()),
+            xla_flags=self.describe_options(),
             num_rows=shape.num_rows,
             num_tokens=shape.num_tokens,
             context=context,
@@ -199,6 +206,9 @@ class StepBench:
             copy_share=num_bytes / step_s / ceilings.copy_bytes_per_s,
             matmul_share=flops / step_s / ceilings.matmul_flops,
         )
+
+    def describe_options(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.tried_options.items())
 
     def count_work(self, shape: Shape, context: int) -> tuple[int, float]:
         """Fewest bytes and FLOPs of a step, as the file's beginning says."""
@@ -249,15 +259,28 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_all(bench: StepBench, arguments: argparse.Namespace, ceilings: Ceilings) -> Iterator[StepFigures]:
+def run_all(
+    bench: StepBench, arguments: argparse.Namespace, ceilings: Ceilings
+) -> Iterator[StepFigures | FailedStep]:
     for num_rows in arguments.rows:
-        yield bench.run_decode(num_rows, ceilings)
+        yield attempt(bench, Shape(num_rows, 0), ceilings)
     for num_tokens in arguments.prefill:
-        yield bench.run_prefill(num_tokens, ceilings)
+        yield attempt(bench, Shape(0, num_tokens), ceilings)
     for setting in untried_settings() if arguments.try_xla_flags else ():
         bench.tried_options = setting.options
         for num_rows in arguments.rows:
-            yield bench.run_decode(num_rows, ceilings)
+            yield attempt(bench, Shape(num_rows, 0), ceilings)
+
+
+def attempt(bench: StepBench, shape: Shape, ceilings: Ceilings) -> StepFigures | FailedStep:
+    """A program that cannot be compiled, or a setting that is refused, costs no other."""
+    try:
+        if shape.num_rows:
+            return bench.run_decode(shape.num_rows, ceilings)
+        return bench.run_prefill(shape.num_tokens, ceilings)
+    except Exception as error:  # of compilers and drivers, which raise whatever they like
+        reason = f"{type(error).__name__}: {error}"[:300]
+        return FailedStep(shape=str(shape), xla_flags=bench.describe_options(), failed=reason)
 
 
 def print_figures(figures: list[StepFigures]) -> None:
@@ -287,7 +310,7 @@ def main() -> None:
     for one in run_all(bench, arguments, ceilings):
         figures.append(one)
         print(json.dumps(asdict(one)), flush=True)  # a run that is cut short has told this much
-    print_figures(figures)
+    print_figures([one for one in figures if isinstance(one, StepFigures)])
     report = {
         "machine": {**describe_machine(["jax", "jaxlib"]), "device": jax.devices()[0].device_kind},
         "model": str(arguments.model_path),

@@ -5,7 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from jaxserve.runner.xla_flags import untried_settings
+from scripts.bench_step import FailedStep, run_all
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "tiny"
@@ -28,3 +34,23 @@ def test_each_program_is_measured_and_its_work_counted():
     # Rows share the weights' bytes, not their FLOPs; a prefill computes the head for one token only.
     assert three["flops"] == 3 * one["flops"]
     assert 16 < prefill["flops"] / one["flops"] < 64
+
+
+def test_a_setting_that_is_refused_costs_no_other():
+    """Of XLA's settings each is new to a card; the next ones are measured all the same."""
+    bench: Any = SimpleNamespace(
+        tried_options={}, describe_options=lambda: next(iter(bench.tried_options), "")
+    )
+
+    def run_decode(num_rows: int, ceilings: Any) -> str:
+        if bench.tried_options == untried_settings()[0].options:
+            raise RuntimeError("no such flag")
+        return bench.describe_options()
+
+    bench.run_decode = run_decode
+    arguments = Namespace(rows=[1], prefill=[], try_xla_flags=True)
+    plain, refused, *others = run_all(bench, arguments, ceilings=None)  # type: ignore[arg-type]
+    assert plain == ""
+    assert isinstance(refused, FailedStep)
+    assert refused.failed == "RuntimeError: no such flag"
+    assert others == [next(iter(setting.options)) for setting in untried_settings()[1:]]
