@@ -3,9 +3,10 @@
     PYTHON_WITH_TORCH scripts/peer_generation.py --model-path benchmarks/shapes/qwen2.5-7b
 
 Twice for each number of sequences: `generate` over one padded batch, and `generate_batch`, the paged KV cache
-with continuous batching. The rate of decoding is that of all new tokens but the first over the time that a
-run with them takes longer than a run with one. One JSON line a figure, as it comes. Knows nothing of
-jaxserve.
+with continuous batching; that one with FlashAttention where transformers finds it, and otherwise with torch's
+attention under a mask, which is slow with many sequences. The rate of decoding is that of all new tokens but
+the first over the time that a run with them takes longer than a run with one. One JSON line a figure, as it
+comes. Knows nothing of jaxserve.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports] - of another interpreter
 import transformers
+
+BLOCK_TOKENS = 256
 
 
 def make_model(model_path: Path, device: str) -> Any:
@@ -61,12 +64,29 @@ def generate_padded(model: Any, prompts: list[list[int]], num_new: int) -> None:
 
 
 def generate_paged(model: Any, prompts: list[list[int]], num_new: int) -> None:
+    """The first call makes what runs the batches, and for so many sequences at most."""
     outputs = model.generate_batch(
-        prompts, generation_config=make_settings(num_new), progress_bar=False, persistent_manager=True
+        prompts,
+        generation_config=make_settings(num_new),
+        continuous_batching_config=make_batching(prompts),
+        progress_bar=False,
+        persistent_manager=True,
     )
     lengths = [len(output.generated_tokens) for output in outputs.values()]
     if lengths != [num_new] * len(prompts):
         raise RuntimeError(f"{len(prompts)} sequences were to get {num_new} tokens each, and got {lengths}")
+
+
+def make_batching(prompts: list[list[int]]) -> Any:
+    """Twice the blocks that are needed, as some are kept free: left alone it takes all memory that is there.
+    A prompt is computed each time, not found in the cache of an earlier run."""
+    blocks_per_sequence = max(map(len, prompts)) // BLOCK_TOKENS + 2
+    return transformers.ContinuousBatchingConfig(
+        block_size=BLOCK_TOKENS,
+        num_blocks=2 * len(prompts) * blocks_per_sequence,
+        max_batch_tokens=8192,
+        allow_block_sharing=False,
+    )
 
 
 def make_settings(num_new: int) -> Any:
@@ -104,6 +124,7 @@ def main() -> None:
             except Exception as error:  # of others' libraries, which raise whatever they like
                 told |= {"sequences": num_sequences, "failed": f"{type(error).__name__}: {error}"[:200]}
             print(json.dumps(told), flush=True)
+        model.destroy_cached_continuous_batching_manager()
 
 
 if __name__ == "__main__":
