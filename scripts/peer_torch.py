@@ -2,9 +2,10 @@
 
     PYTHON_WITH_TORCH scripts/peer_torch.py
 
-Decode is FlashInfer's where it can be imported, on pages of 64 in random order, and torch's own attention
-over K and V side by side; prompts are torch's attention; sampling is a sort. Times are of a CUDA graph's
-replays, so that launches cost nothing. One JSON line a figure, as it comes. Knows nothing of jaxserve.
+Decode and prompts are torch's own attention over K and V side by side, by FlashAttention 2 and by cuDNN;
+sampling is a sort. Then decode by FlashInfer where it can be imported, on pages of 64 in random order; it
+compiles its kernels at their first use, hence last. Times are of a CUDA graph's replays, so that launches
+cost nothing. One JSON line a figure, as it comes. Knows nothing of jaxserve.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Any
 
 import torch  # pyright: ignore[reportMissingImports] - of another interpreter
+from torch.nn.attention import SDPBackend, sdpa_kernel  # pyright: ignore[reportMissingImports]
 from torch.nn.functional import (  # pyright: ignore[reportMissingImports]
     scaled_dot_product_attention,
 )
@@ -25,6 +27,8 @@ from torch.nn.functional import (  # pyright: ignore[reportMissingImports]
 HEADS, KV_HEADS, HEAD_DIM, PAGE_TOKENS = 32, 8, 128, 64
 DECODES = [(32, 4096), (1, 4096), (64, 1024), (256, 1024)]  # rows, tokens each; as in kernel_bench_decode.py
 PROMPTS = [8192, 2048]
+# By name, as what torch prefers on a Hopper GPU changes with its version and cuDNN's.
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 SAMPLED = (256, 151936)  # rows, vocabulary
 NUM_CALLS, NUM_ROUNDS = 16, 7
 
@@ -54,7 +58,7 @@ def time_graph(call: Call) -> float:
     return statistics.median(rounds)
 
 
-def report(peer: str, case: str, prepare: Callable[[], Call], num_bytes: int, flops: int) -> None:
+def report(peer: str, case: str, num_bytes: int, flops: int, prepare: Callable[[], Call]) -> None:
     """A peer's refusal is a figure too. Libraries of others raise whatever they like."""
     try:
         seconds = time_graph(prepare())
@@ -70,11 +74,15 @@ def random_bf16(*shape: int) -> Any:
     return torch.randn(*shape, dtype=torch.bfloat16, device="cuda")
 
 
-def prepare_sdpa(num_rows: int, num_queries: int, kv_len: int) -> Call:
+def prepare_sdpa(backend: SDPBackend, num_rows: int, num_queries: int, kv_len: int) -> Call:
     q = random_bf16(num_rows, HEADS, num_queries, HEAD_DIM)
     k, v = (random_bf16(num_rows, KV_HEADS, kv_len, HEAD_DIM) for _ in "kv")
-    is_causal = num_queries > 1
-    return partial(scaled_dot_product_attention, q, k, v, is_causal=is_causal, enable_gqa=True)
+
+    def attend() -> Any:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, enable_gqa=True)
+
+    return attend
 
 
 def prepare_flashinfer(flashinfer: Any, num_rows: int, kv_len: int, has_tensor_cores: bool) -> Call:
@@ -127,28 +135,39 @@ def main() -> None:
     parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("There is no GPU here that torch could use.")
-    flashinfer = None
+    run_torch()
     try:
         flashinfer = importlib.import_module("flashinfer")
     except (ImportError, OSError) as error:
         print(json.dumps({"peer": "flashinfer", "failed": f"cannot be imported: {error}"}), flush=True)
+        return
     for num_rows, kv_len in DECODES:
-        case = f"{num_rows} row{'s' if num_rows > 1 else ''} of {kv_len // 1024}k"
-        num_bytes = num_rows * (kv_len * KV_HEADS * 2 * 2 + HEADS * 6) * HEAD_DIM
-        flops = 4 * num_rows * kv_len * HEADS * HEAD_DIM
-        for has_tensor_cores in (True, False) if flashinfer is not None else ():
+        for has_tensor_cores in (True, False):
             peer = f"flashinfer{', tensor cores' if has_tensor_cores else ''}"
             prepare = partial(prepare_flashinfer, flashinfer, num_rows, kv_len, has_tensor_cores)
-            report(peer, case, prepare, num_bytes, flops)
-        report("torch attention", case, partial(prepare_sdpa, num_rows, 1, kv_len), num_bytes, flops)
-    for length in PROMPTS:
-        flops = 2 * length * (length + 1) * HEADS * HEAD_DIM
-        num_bytes = 4 * length * (HEADS + KV_HEADS) * HEAD_DIM
-        prepare = partial(prepare_sdpa, 1, length, length)
-        report("torch attention", f"prompt of {length}", prepare, num_bytes, flops)
+            report(peer, *describe_decode(num_rows, kv_len), prepare)
+
+
+def run_torch() -> None:
+    for name, backend in BACKENDS.items():
+        for num_rows, kv_len in DECODES:
+            prepare = partial(prepare_sdpa, backend, num_rows, 1, kv_len)
+            report(f"torch {name}", *describe_decode(num_rows, kv_len), prepare)
+        for length in PROMPTS:
+            flops = 2 * length * (length + 1) * HEADS * HEAD_DIM
+            num_bytes = 4 * length * (HEADS + KV_HEADS) * HEAD_DIM
+            prepare = partial(prepare_sdpa, backend, 1, length, length)
+            report(f"torch {name}", f"prompt of {length}", num_bytes, flops, prepare)
     rows, vocab_size = SAMPLED
     prepare = partial(prepare_sampling, rows, vocab_size)
-    report("torch sort", "top-k 50, top-p 0.9", prepare, 4 * rows * vocab_size, 0)
+    report("torch sort", "top-k 50, top-p 0.9", 4 * rows * vocab_size, 0, prepare)
+
+
+def describe_decode(num_rows: int, kv_len: int) -> tuple[str, int, int]:
+    """Its name, as in kernel_bench_decode.py, and its bytes and FLOPs."""
+    name = f"{num_rows} row{'s' if num_rows > 1 else ''} of {kv_len // 1024}k"
+    num_bytes = num_rows * (kv_len * KV_HEADS * 2 * 2 + HEADS * 6) * HEAD_DIM
+    return name, num_bytes, 4 * num_rows * kv_len * HEADS * HEAD_DIM
 
 
 if __name__ == "__main__":
